@@ -1,0 +1,85 @@
+# Copyright (c) 2026 SegResMamba bundle contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from monai.inferers import Inferer
+from monai.utils import look_up_option
+
+__all__ = ["AutocastInferer"]
+
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class AutocastInferer(Inferer):
+    """
+    Runs another inferer with the network in mixed precision, on any device.
+
+    MONAI's engines know ``torch.autocast("cuda")`` alone. Here the network, and nothing else, runs under the autocast
+    of the device that the input lies on; its output goes back to the wrapped inferer in float32, so that losses and
+    the blending of sliding windows keep their precision. The network is given plain tensors without metadata.
+
+    Training in fp16 needs a gradient scaler besides: set ``amp`` of MONAI's trainer.
+
+    Args:
+        inferer: the inferer to run, such as ``SimpleInferer`` or ``SlidingWindowInferer``.
+        precision: "fp32", "bf16" or "fp16". fp16 needs a CUDA device.
+        channels_last: whether inputs of five dimensions go to the network in ``torch.channels_last_3d`` strides; the
+            network's weights should lie that way too.
+
+    Raises:
+        ValueError: When ``precision`` is none of the three, or, at the call, fp16 is asked for on another device.
+    """
+
+    def __init__(self, inferer: Inferer, precision: str = "fp32", channels_last: bool = False) -> None:
+        super().__init__()
+        self.inferer = inferer
+        self.precision = precision
+        self.dtype = look_up_option(precision, _DTYPES)
+        self.channels_last = channels_last
+
+    def __call__(self, inputs: torch.Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """
+        Args:
+            inputs: volume (B, C, D, H, W), float32.
+            network: callable that maps a volume to a tensor, or to tensors in a tuple, list or dict.
+            args: passed on to the inferer.
+            kwargs: passed on to the inferer.
+
+        Returns:
+            what the wrapped inferer makes of the network's output, floating-point tensors in float32.
+        """
+        if self.precision == "fp16" and inputs.device.type != "cuda":
+            raise ValueError(f"precision 'fp16' needs a CUDA device, not {inputs.device.type}: use 'bf16' or 'fp32'.")
+
+        def predict(volume: torch.Tensor, *network_args: Any, **network_kwargs: Any) -> Any:
+            volume = volume.as_subclass(torch.Tensor)
+            if self.channels_last and volume.ndim == 5:
+                volume = volume.contiguous(memory_format=torch.channels_last_3d)
+            with torch.autocast(volume.device.type, self.dtype) if self.dtype is not None else nullcontext():
+                return _to_float32(network(volume, *network_args, **network_kwargs))
+
+        return self.inferer(inputs, predict, *args, **kwargs)
+
+
+def _to_float32(output: Any) -> Any:
+    if isinstance(output, torch.Tensor):
+        return output.float() if output.is_floating_point() else output
+    if isinstance(output, dict):
+        return {key: _to_float32(value) for key, value in output.items()}
+    if isinstance(output, (tuple, list)):
+        return type(output)(_to_float32(value) for value in output)
+    return output

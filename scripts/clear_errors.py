@@ -1,0 +1,61 @@
+# Copyright (c) 2026 SegResMamba bundle contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+from types import TracebackType
+
+__all__ = ["ClearErrors", "install"]
+
+_SCRIPTS = Path(__file__).resolve().parent
+
+
+class ClearErrors:
+    """
+    An exception hook for runs from the command line, where MONAI wraps whatever a config raises into "Failed to
+    instantiate ...". An error that the bundle itself raised about its input is printed as one line; of any other the
+    cause is repeated below the traceback. Errors that someone catches never come here.
+
+    Args:
+        previous: the hook to call for other errors.
+    """
+
+    def __init__(self, previous: object) -> None:
+        self.previous = previous
+
+    def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        """
+        Args:
+            kind: class of the error.
+            error: the error that nobody caught.
+            trace: its traceback.
+        """
+        cause = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        frames = traceback.extract_tb(cause.__traceback__)
+        ours = bool(frames) and _SCRIPTS in Path(frames[-1].filename).resolve().parents
+        if not (ours and isinstance(cause, (ValueError, OSError))):
+            self.previous(kind, error, trace)
+            if cause is error:
+                return
+            print(f"\n{type(cause).__name__}: {cause}", file=sys.stderr)
+        else:
+            print(f"\nError: {cause}", file=sys.stderr)
+
+
+def install() -> None:
+    """Put the hook in place, once."""
+    if not isinstance(sys.excepthook, ClearErrors):
+        sys.excepthook = ClearErrors(sys.excepthook)

@@ -1,0 +1,146 @@
+# Copyright (c) 2026 SegResMamba bundle contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Metrics of an evaluation: distances in millimetres, and a report with the classes' names."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ignite.distributed as idist
+import numpy as np
+import torch
+from ignite.engine import Engine
+from monai.handlers import HausdorffDistance, MetricsSaver
+from monai.handlers.utils import write_metrics_reports
+from monai.utils import string_list_all_gather
+
+__all__ = ["ClassMetricsSaver", "HausdorffDistanceInMM"]
+
+
+class HausdorffDistanceInMM(HausdorffDistance):
+    """
+    MONAI's ``HausdorffDistance`` in millimetres: with the voxel size of each case, read from the affine of its
+    reference. Takes the same arguments.
+    """
+
+    def update(self, output: Sequence[Any]) -> None:
+        """
+        Args:
+            output: lists of one-hot predictions and references, each (C, D, H, W); the references are ``MetaTensor``.
+        """
+        for prediction, reference in zip(*output):
+            self.metric_fn([prediction], [reference], spacing=reference.pixdim.tolist())
+        self._is_reduced = False
+
+
+class ClassMetricsSaver(MetricsSaver):
+    """
+    MONAI's ``MetricsSaver`` with the classes' names as columns, which also writes and logs a summary.
+
+    Files in ``save_dir``: metrics.csv (overall values), for each metric ``{metric}_raw.csv`` (a row per case, a column
+    per class) and ``{metric}_summary.csv``, and summary.json: per metric and class the mean, standard deviation and
+    median of the finite values, and the number of cases with a finite value and with an infinite one. A surface
+    distance is infinite where one of prediction and reference is empty and the other is not, and undefined, counted in
+    neither, where both are.
+
+    Args:
+        save_dir: folder to write to.
+        class_names: names of the classes that the metrics hold, thus without the background where they leave it out.
+        metric_details: names of the metrics.
+        batch_transform: takes the metadata of the images from the engine's batch.
+        summary_ops: columns of the summaries, see MONAI's class.
+    """
+
+    def __init__(
+        self,
+        save_dir: str,
+        class_names: Sequence[str],
+        metric_details: str | Sequence[str] = "*",
+        batch_transform: Callable = lambda batch: [item["image"].meta for item in batch],
+        summary_ops: str | Sequence[str] = ("mean", "std", "median", "min", "max", "notnans"),
+    ) -> None:
+        super().__init__(
+            save_dir, metric_details=metric_details, batch_transform=batch_transform, summary_ops=summary_ops
+        )
+        self.class_names = list(class_names)
+        self.logger = logging.getLogger(__name__)
+
+    def attach(self, engine: Engine) -> None:
+        """
+        Args:
+            engine: the evaluator.
+        """
+        super().attach(engine)
+        self.logger = engine.logger
+
+    def __call__(self, engine: Engine) -> None:
+        """
+        Args:
+            engine: the evaluator.
+        """
+        cases = string_list_all_gather(self._filenames) if idist.get_world_size() > 1 else self._filenames
+        if idist.get_rank() != self.save_rank:
+            return
+        details = {
+            name: torch.as_tensor(values).cpu().double()
+            for name, values in engine.state.metric_details.items()
+            if name in self.metric_details or "*" in self.metric_details
+        }
+        write_metrics_reports(
+            save_dir=self.save_dir,
+            images=cases,
+            metrics={name: value for name, value in engine.state.metrics.items() if name in details},
+            metric_details=details,
+            summary_ops=self.summary_ops,
+            class_labels=self.class_names,
+        )
+        summary = {"cases": len(cases)}
+        for name, values in details.items():
+            columns = {label: values[:, k].numpy() for k, label in enumerate(self.class_names)}
+            columns["mean"] = np.array(
+                [np.mean(row[~np.isnan(row)]) for row in values.numpy() if not np.isnan(row).all()]
+            )
+            summary[name] = {label: _statistics(column) for label, column in columns.items()}
+        path = os.path.join(self.save_dir, "summary.json")
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(summary, file, indent=4)
+            file.write("\n")
+        self.logger.info(f"{len(cases)} cases, mean +- standard deviation:\n{self._table(summary)}\nWritten to {path}.")
+
+    def _table(self, summary: dict) -> str:
+        """Lines of a table, a row per class and a column per metric."""
+        metrics = [name for name in summary if name != "cases"]
+        rows = [["class", *metrics]]
+        for label in (*self.class_names, "mean"):
+            row = [label]
+            for name in metrics:
+                found = summary[name][label]
+                cell = "-" if found["mean"] is None else f"{found['mean']:.4f} +- {found['std']:.4f}"
+                row.append(cell + (f" ({found['infinite']} infinite)" if found["infinite"] else ""))
+            rows.append(row)
+        widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+        return "\n".join("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows)
+
+
+def _statistics(values: np.ndarray) -> dict:
+    """Mean, sample standard deviation and median of the finite values, and how many are finite and infinite."""
+    finite = values[np.isfinite(values)]
+    found = {"mean": None, "std": None, "median": None}
+    if len(finite):
+        std = float(np.std(finite, ddof=1)) if len(finite) > 1 else 0.0
+        found = {"mean": float(np.mean(finite)), "std": std, "median": float(np.median(finite))}
+    return {**found, "finite": len(finite), "infinite": int(sum(math.isinf(value) for value in values))}

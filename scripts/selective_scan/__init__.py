@@ -1,0 +1,29 @@
+# Copyright (c) 2026 SegResMamba bundle contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Selective scan (the recurrence of Mamba, arXiv:2312.00752): one operation, one file per engine."""
+
+from __future__ import annotations
+
+from .engines import ENGINE_VARIABLE, available_engines, resolve_engine
+from .interface import selective_scan, selective_scan_channels_last
+from .mixer import oriented_mixer
+from .orders import SCAN_ORDERS, order_index
+
+__all__ = [
+    "ENGINE_VARIABLE",
+    "SCAN_ORDERS",
+    "available_engines",
+    "order_index",
+    "oriented_mixer",
+    "resolve_engine",
+    "selective_scan",
+    "selective_scan_channels_last",
+]

@@ -1,0 +1,99 @@
+# Copyright (c) 2026 SegResMamba bundle contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from .engines import resolve_engine
+from .orders import index_for
+
+__all__ = ["oriented_mixer"]
+
+
+def oriented_mixer(
+    xz: torch.Tensor,
+    conv_weight: torch.Tensor,
+    conv_bias: torch.Tensor,
+    x_proj_weight: torch.Tensor,
+    dt_proj_weight: torch.Tensor,
+    dt_proj_bias: torch.Tensor,
+    A: torch.Tensor,
+    D: torch.Tensor,
+    orders: Sequence[str],
+    spatial_shape: Sequence[int],
+    engine: str = "auto",
+) -> torch.Tensor:
+    """
+    What a Mamba-1 mixer does between ``in_proj`` and ``out_proj``, along K scan orders of one volume, summed and gated
+    once (SegResMamba section 2.1, ``ToM = Mamba(z_f) + Mamba(z_r) + Mamba(z_s)``). For each order: causal depthwise
+    convolution along it, SiLU, ``x_proj`` to (dt, B, C), selective scan with ``softplus(dt_proj(dt))``, ``+ D u``.
+
+    Args:
+        xz: tokens in raster order (batch, L, 2 d): input and gate.
+        conv_weight: (K, d, taps).
+        conv_bias: (K, d).
+        x_proj_weight: (K, dt_rank + 2 n, d).
+        dt_proj_weight: (K, d, dt_rank).
+        dt_proj_bias: (K, d).
+        A: (K, d, n).
+        D: (K, d).
+        orders: K scan orders, see :py:func:`order_index`.
+        spatial_shape: the volume's (D, H, W), ``D * H * W = L``.
+        engine: as in :py:func:`selective_scan`. An engine may bring its own fused form of all this.
+
+    Returns:
+        (batch, L, d), ``SiLU(z) * sum over orders``.
+
+    Raises:
+        ValueError: when shapes do not fit or an order or engine is unknown.
+        RuntimeError: when the engine is not available here.
+    """
+    if xz.shape[-1] != 2 * conv_weight.shape[1] or conv_weight.shape[0] != len(orders):
+        raise ValueError(
+            f"xz must be (batch, L, 2 d) and the parameters (K = {len(orders)} orders, d, ...), got "
+            f"{tuple(xz.shape)} and {tuple(conv_weight.shape)}."
+        )
+    indices = [index_for(order, spatial_shape, xz.shape[1], xz.device) for order in orders]
+    module = resolve_engine(engine, xz.device, torch.promote_types(xz.dtype, A.dtype))
+    if hasattr(module, "mixer") and conv_weight.shape[1] % module.MIXER_MULTIPLE == 0:
+        return module.mixer(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, indices)
+
+    x, z = xz.chunk(2, dim=-1)
+    dt_rank, n = dt_proj_weight.shape[2], A.shape[2]
+    out = None
+    for k, index in enumerate(indices):
+        u = F.silu(_causal_conv(x, conv_weight[k], conv_bias[k], index))
+        dt, B, C = F.linear(u, x_proj_weight[k]).split([dt_rank, n, n], dim=-1)
+        delta = F.linear(dt, dt_proj_weight[k])
+        y, _ = module.scan(
+            u, delta, A[k], B.unsqueeze(2), C.unsqueeze(2), D[k], None, dt_proj_bias[k], True, index
+        )
+        out = y if out is None else out + y
+    return out * F.silu(z)
+
+
+def _causal_conv(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, index: torch.Tensor | None
+) -> torch.Tensor:
+    """Causal depthwise convolution of tokens (batch, L, d) along an order; weight (d, taps), bias (d,)."""
+    length = x.shape[1]
+    y = x * weight[:, -1] + bias
+    for back in range(1, min(weight.shape[1], length)):
+        tap = weight[:, -1 - back]
+        if index is None:
+            y = y + F.pad(x[:, : length - back] * tap, (0, 0, back, 0))
+        else:
+            y = y.index_add(1, index[back:], (x[:, index[: length - back]] * tap).to(y.dtype))
+    return y

@@ -1,0 +1,112 @@
+# Copyright (c) 2026 SegResMamba bundle contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from monai.bundle import ConfigWorkflow
+
+from scripts.phantom import write_phantoms
+
+BUNDLE_ROOT = Path(__file__).resolve().parents[1]
+
+TINY = {
+    "channels": [8, 16],
+    "depths": [1, 1],
+    "full_resolution_skip": 8,
+    "patch_size": [32, 32, 32],
+    "spacing": [5.0, 5.0, 5.0],
+    "device": "cpu",
+    "num_folds": 3,
+    "max_epochs": 2,
+    "val_interval": 1,
+    "sw_overlap": 0.25,
+    "check_data": False,
+    "pictures": False,
+}
+"""Overrides for a training on the phantoms within seconds."""
+
+
+@pytest.fixture(scope="session")
+def bundle_root() -> Path:
+    """The folder that holds configs and scripts."""
+    return BUNDLE_ROOT
+
+
+@pytest.fixture(scope="session")
+def phantom_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of six training and two test phantoms."""
+    return Path(write_phantoms(tmp_path_factory.mktemp("data") / "phantom", num_training=6, num_test=2, seed=3))
+
+
+@pytest.fixture(scope="session")
+def run_bundle() -> Callable[..., subprocess.CompletedProcess]:
+    """Run ``python -m monai.bundle run`` in a process of its own; configs by names such as "train"."""
+
+    def run(configs: list[str], launcher: tuple[str, ...] = (), **overrides: object) -> subprocess.CompletedProcess:
+        files = [f"configs/{name}" + ("" if "." in name else ".json") for name in configs]
+        options = [part for key, value in overrides.items() for part in (f"--{key}", str(value).replace("'", '"'))]
+        command = [sys.executable, "-m", *launcher, "monai.bundle", "run", "--config_file", str(files), *options]
+        environment = {**os.environ, "SEGRESMAMBA_SCAN": os.environ.get("SEGRESMAMBA_SCAN", "auto")}
+        return subprocess.run(
+            command, cwd=BUNDLE_ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def workflow() -> Callable[..., ConfigWorkflow]:
+    """Make and initialise a workflow in this process; configs by names such as "train", without set-up of logging."""
+
+    def make(configs: list[str], workflow_type: str = "train", **overrides: object) -> ConfigWorkflow:
+        files = [str(BUNDLE_ROOT / "configs" / (name + ("" if "." in name else ".json"))) for name in configs]
+        made = ConfigWorkflow(
+            files,
+            meta_file=str(BUNDLE_ROOT / "configs" / "metadata.json"),
+            logging_file=False,
+            workflow_type=workflow_type,
+            bundle_root=str(BUNDLE_ROOT),
+            **overrides,
+        )
+        made.initialize()
+        return made
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, phantom_dir: Path, run_bundle: Callable) -> SimpleNamespace:
+    """The three main jobs, run as a user does: train, evaluate, infer; with what they printed and where they wrote."""
+    folder = tmp_path_factory.mktemp("trained")
+    common = {**TINY, "dataset_dir": phantom_dir, "ckpt_dir": folder / "models", "pictures": True}
+    runs = {}
+    for name, configs, own in (
+        ("train", ["train"], {"check_data": True}),
+        ("evaluate", ["train", "evaluate"], {"check_data": True}),
+        ("inference", ["inference"], {}),
+    ):
+        overrides = {**common, **own, "output_dir": folder / name}
+        if name == "inference":
+            for key in ("num_folds", "max_epochs", "val_interval", "check_data"):
+                overrides.pop(key)
+        runs[name] = run_bundle([*configs, "tasks/phantom.yaml"], **overrides)
+        assert runs[name].returncode == 0, runs[name].stdout[-3000:] + runs[name].stderr[-3000:]
+    return SimpleNamespace(folder=folder, models=folder / "models", data=phantom_dir, runs=runs)

@@ -1,0 +1,383 @@
+# Copyright (c) 2026 SegResMamba bundle contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigParser, create_workflow, load_bundle_config, verify_net_in_out
+from monai.data import MetaTensor
+from monai.inferers import SimpleInferer, SlidingWindowInferer
+
+from scripts.autocast_inferer import AutocastInferer
+from scripts.datafolder import channel_count, class_names, image_list
+from scripts.evaluation import HausdorffDistanceInMM
+from scripts.phantom import PHANTOM_CLASSES, make_phantom
+from tests.conftest import BUNDLE_ROOT, TINY
+
+CONFIGS = BUNDLE_ROOT / "configs"
+INFERENCE = {
+    key: TINY[key] for key in ("channels", "depths", "full_resolution_skip", "patch_size", "device", "spacing")
+}
+INFERENCE["pictures"] = False
+
+
+def root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error)
+
+
+# --- the main jobs, run as a user runs them ---------------------------------------------------------------------------
+
+
+def test_train_evaluate_infer(trained):
+    weights = torch.load(trained.models / "model.pt", weights_only=True)
+    assert all(isinstance(value, torch.Tensor) for value in weights.values())
+    last = torch.load(trained.models / "last.pt", weights_only=True)
+    assert {"model", "optimizer", "lr_scheduler", "trainer", "scaler"} <= set(last)
+    assert not [file for file in trained.models.iterdir() if file.suffix != ".pt"]  # nothing half-written
+
+    train = trained.folder / "train"
+    assert list((train / "tensorboard").glob("events*"))
+    rows = list(csv.DictReader(open(train / "training_curve.csv", encoding="utf-8")))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert (train / "training_curve.png").stat().st_size > 5000
+    for name, bars in (
+        ("train", ("Training", "Validation")),
+        ("evaluate", ("Evaluation",)),
+        ("inference", ("Inference",)),
+    ):
+        for bar in bars:
+            assert bar in trained.runs[name].stderr
+
+    evaluated = trained.folder / "evaluate"
+    summary = json.loads((evaluated / "summary.json").read_text())
+    assert summary["cases"] == 2
+    assert set(summary["val_mean_dice"]) == {*PHANTOM_CLASSES[1:5], "mean"} == set(summary["val_hd95"])
+    rows = list(csv.DictReader(open(evaluated / "val_mean_dice_raw.csv", encoding="utf-8")))
+    assert len(rows) == 2 and set(PHANTOM_CLASSES[1:5]) < set(rows[0])
+    assert rows[0]["filename"].endswith(".nii.gz")
+    assert len(list((evaluated / "pictures").glob("*_overlay.png"))) == 2
+    assert "spleen-like" in trained.runs["evaluate"].stdout  # the table
+
+    inferred = trained.folder / "inference"
+    for image in sorted((trained.data / "imagesTs").iterdir()):
+        given, made = nib.load(image), nib.load(inferred / image.name.replace(".nii.gz", "_seg.nii.gz"))
+        assert made.shape == given.shape and made.get_data_dtype() == np.uint8
+        assert np.array_equal(made.affine, given.affine)
+        assert np.unique(made.dataobj).max() < 5
+    assert len(list((inferred / "pictures").glob("*_overlay.png"))) == 2
+
+
+def test_evaluation_is_on_the_original_grid(trained):
+    """The Dice that evaluation wrote is that of label maps which inference writes for the same cases."""
+    rows = list(csv.DictReader(open(trained.folder / "evaluate" / "val_mean_dice_raw.csv", encoding="utf-8")))
+    images = trained.folder / "again" / "imagesTs"
+    images.mkdir(parents=True)
+    for row in rows:
+        shutil.copy(row["filename"], images)
+    output = trained.folder / "again" / "out"
+    flow = create_workflow(
+        config_file=[str(CONFIGS / "inference.json"), str(CONFIGS / "tasks" / "phantom.yaml")],
+        workflow_type="inference",
+        logging_file=False,
+        bundle_root=str(BUNDLE_ROOT),
+        dataset_dir=str(images),
+        ckpt_dir=str(trained.models),
+        output_dir=str(output),
+        sw_overlap=TINY["sw_overlap"],
+        **INFERENCE,
+    )
+    flow.run()
+    for row in rows:
+        name = os.path.basename(row["filename"])
+        made = np.asarray(nib.load(output / name.replace(".nii.gz", "_seg.nii.gz")).dataobj)
+        label = np.asarray(nib.load(trained.data / "labelsTr" / name).dataobj)
+        for value, organ in enumerate(PHANTOM_CLASSES[1:5], start=1):
+            both = (made == value).sum() + (label == value).sum()
+            dice = 2 * ((made == value) & (label == value)).sum() / both
+            assert float(row[organ]) == pytest.approx(dice, abs=1e-4)
+
+
+def test_two_processes_train_alike(tmp_path, phantom_dir, run_bundle):
+    result = run_bundle(
+        ["train", "multi_gpu_train", "tasks/phantom.yaml"],
+        launcher=("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"),
+        **{**TINY, "max_epochs": 1, "dataset_dir": phantom_dir, "ckpt_dir": tmp_path, "output_dir": tmp_path},
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert not any(key.startswith("module.") for key in torch.load(tmp_path / "model.pt", weights_only=True))
+    assert (tmp_path / "last.pt").is_file()
+    assert result.stdout.count("Key metric: val_mean_dice") == 1  # one process reports
+
+
+# --- geometry of the label maps ---------------------------------------------------------------------------------------
+
+
+def test_label_maps_keep_the_geometry(tmp_path, workflow):
+    """Same grid as the input whatever its orientation, and the same labels when only the axes' order differs."""
+    images = tmp_path / "imagesTs"
+    images.mkdir()
+    image, _, affine = make_phantom(5, orientation="RAS", oblique=True, spatial_size=(40, 36, 44), spacing=(3, 3.5, 4))
+    original = nib.Nifti1Image(image, affine)
+    nib.save(original, images / "ras.nii.gz")
+    for codes in ("LPS", "PIR", "SAL"):
+        turn = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt(tuple(codes)))
+        nib.save(original.as_reoriented(turn), images / f"{codes.lower()}.nii.gz")
+    oblique_lps = make_phantom(6, orientation="LPS", oblique=True, spatial_size=(37, 41, 33), spacing=(3.7, 3.1, 4.4))
+    nib.save(nib.Nifti1Image(oblique_lps[0], oblique_lps[2]), images / "oblique_lps.nii.gz")
+
+    settings = {**INFERENCE, "num_classes": 5, "dataset_dir": str(tmp_path), "ckpt_dir": str(tmp_path)}
+    settings["output_dir"] = str(tmp_path / "out")
+    flow = workflow(["inference", "tasks/phantom.yaml"], "inference", **settings)
+    torch.manual_seed(1)
+    for parameter in flow.network_def.parameters():  # random, so that there are labels of every kind
+        torch.nn.init.normal_(parameter, std=0.3)
+    torch.save(flow.network_def.state_dict(), tmp_path / "model.pt")
+    flow.run()
+
+    made = {}
+    for file in sorted(images.iterdir()):
+        given, label = nib.load(file), nib.load(tmp_path / "out" / file.name.replace(".nii.gz", "_seg.nii.gz"))
+        assert label.shape == given.shape
+        assert np.array_equal(label.affine, given.affine), file.name
+        assert nib.aff2axcodes(label.affine) == nib.aff2axcodes(given.affine)
+        assert label.get_data_dtype() == np.uint8
+        assert len(np.unique(label.dataobj)) > 1
+        made[file.name] = nib.as_closest_canonical(label).get_fdata()
+    for codes in ("lps", "pir", "sal"):
+        assert (made[f"{codes}.nii.gz"] == made["ras.nii.gz"]).mean() > 0.999, codes
+
+
+def test_image_path_of_other_applications_passes(tmp_path, phantom_dir, workflow):
+    """MONAI Label puts the string ``image_path`` beside the image; Spacingd would choke on it."""
+    flow = workflow(["inference"], "inference", dataset_dir=str(phantom_dir), ckpt_dir=str(tmp_path), **INFERENCE)
+    image = image_list(phantom_dir)[0]["image"]
+    data = flow.preprocessing({"image": image, "image_path": image})
+    assert data["image_path"] == image and "source_path" not in data
+    assert data["image"].shape[0] == 1
+
+
+# --- the configs as MONAI's tools see them ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("configs", "workflow_type"),
+    [
+        (["train"], "train"),
+        (["train", "tasks/hippocampus.yaml"], "train"),
+        (["train", "tasks/phantom.yaml"], "train"),
+        (["train", "evaluate"], "train"),
+        (["train", "evaluate"], "evaluation"),
+        (["inference"], "inference"),
+        (["inference", "tasks/hippocampus.yaml"], "inference"),
+    ],
+)
+def test_check_properties(configs, workflow_type, workflow, phantom_dir, tmp_path):
+    flow = workflow(
+        configs,
+        workflow_type,
+        dataset_dir=str(phantom_dir),
+        output_dir=str(tmp_path),
+        ckpt_dir=str(tmp_path),
+        cache_rate=0.0,
+        device="cpu",
+    )
+    assert flow.check_properties() == []
+
+
+def test_workflow_from_another_directory(tmp_path, phantom_dir):
+    code = (
+        "import sys; from monai.bundle import create_workflow\n"
+        "root, data = sys.argv[1:]\n"
+        "flow = create_workflow(config_file=root + '/configs/inference.json', workflow_type='inference',"
+        " bundle_root=root, dataset_dir=data, device='cpu')\n"
+        "print('network:', type(flow.network_def).__name__, flow.check_properties())\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(BUNDLE_ROOT), str(phantom_dir)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "network: SegResMamba []" in result.stdout, result.stderr[-2000:]
+
+
+@pytest.mark.parametrize("config", ["train.json", "inference.json"])
+def test_network_agrees_with_metadata(config, tmp_path):
+    verify_net_in_out(
+        "network_def",
+        meta_file=str(CONFIGS / "metadata.json"),
+        config_file=str(CONFIGS / config),
+        bundle_root=str(BUNDLE_ROOT),
+        dataset_dir=str(tmp_path),
+        device="cpu",
+    )
+
+
+def test_metadata():
+    meta = json.loads((CONFIGS / "metadata.json").read_text())
+    assert meta["version"] in meta["changelog"]
+    assert "optional_packages_version" not in meta
+    parser = ConfigParser(ConfigParser.load_config_file(CONFIGS / "inference.json"))
+    channel_def = meta["network_data_format"]["outputs"]["pred"]["channel_def"]
+    assert [channel_def[str(k)] for k in range(len(channel_def))] == parser["class_names#default"]
+
+
+@pytest.mark.parametrize(
+    "overlay", ["evaluate.json", "multi_gpu_train.json", "tasks/hippocampus.yaml", "tasks/phantom.yaml"]
+)
+def test_overlays_change_what_is_there(overlay):
+    """An overlay's keys are those of train.json, save for the few that it adds, so that none is a slip of the pen."""
+    added = {"checkpoint", "dataset", "evaluator", "inferer", "handlers", "first_rank_handlers", "finalize"}
+    added |= {f"{part}#{key}" for part in ("train", "validate") for key in ("sampler", "dataloader#sampler")}
+    added |= {"train#trainer#train_handlers", "validate#evaluator#val_handlers"}
+    base = ConfigParser(ConfigParser.load_config_file(CONFIGS / "train.json"))
+    unknown = [key for key in ConfigParser.load_config_file(CONFIGS / overlay) if key not in base and key not in added]
+    assert unknown == []
+
+
+def test_shared_keys_agree():
+    """What train.json and inference.json both say is the same, where it belongs to network and preprocessing."""
+    train = ConfigParser.load_config_file(CONFIGS / "train.json")
+    inference = ConfigParser.load_config_file(CONFIGS / "inference.json")
+    own = {"imports", "num_workers", "precision", "sw_overlap", "sw_batch_size", "initialize", "run"}
+    for key in set(train) & set(inference) - own:
+        assert train[key] == inference[key], key
+
+
+def test_every_file_is_in_form():
+    for file in CONFIGS.glob("*.json"):
+        text = file.read_text()
+        assert text == json.dumps(json.loads(text), indent=4) + "\n", file.name
+    for file in [*CONFIGS.rglob("*.json"), *CONFIGS.rglob("*.yaml"), CONFIGS / "logging.conf"]:
+        assert not re.search(r"(?<![\w@'/.])/(work|home|workspace|mnt|tmp|root|data)\b", file.read_text()), file.name
+    assert all(isinstance(h, dict) for h in load_bundle_config(str(BUNDLE_ROOT), "train.json")["train#handlers"])
+    targets = {h["_target_"] for h in load_bundle_config(str(BUNDLE_ROOT), "train.json")["train#handlers"]}
+    assert "CheckpointLoader" not in targets  # MONAI Label would not load its weights then
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def broken_copy(phantom_dir: Path, target: Path, kind: str) -> Path:
+    shutil.copytree(phantom_dir, target)
+    label = target / "labelsTr" / "phantom_001.nii.gz"
+    image = target / "imagesTr" / "phantom_001.nii.gz"
+    if kind == "no label":
+        label.unlink()
+    elif kind == "label value":
+        found = nib.load(label)
+        nib.save(nib.Nifti1Image(np.full(found.shape, 9, np.uint8), found.affine), label)
+    elif kind == "no image":
+        image.write_text("this is no image")
+    elif kind == "empty":
+        shutil.rmtree(target)
+        target.mkdir()
+    return target
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("no label", "phantom_001"),
+        ("label value", "found 9"),
+        ("no image", "imagesTr/phantom_001.nii.gz: cannot be read"),
+        ("empty", "no dataset.json"),
+    ],
+)
+def test_bad_data_stops_before_training(kind, message, tmp_path, phantom_dir, workflow):
+    data = broken_copy(phantom_dir, tmp_path / "data", kind)
+    overrides = {**TINY, "check_data": True, "dataset_dir": str(data), "output_dir": str(tmp_path / "out")}
+    with pytest.raises(RuntimeError) as error:
+        workflow(["train", "tasks/phantom.yaml"], **overrides, ckpt_dir=str(tmp_path / "models"))
+    assert message in root_cause(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_folder_is_one_clear_error(tmp_path, run_bundle):
+    result = run_bundle(["train"], dataset_dir=tmp_path / "nowhere")
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("Error: ") and str(tmp_path / "nowhere") in last and "does not exist" in last
+
+
+def test_data_folders(tmp_path, phantom_dir):
+    assert class_names(phantom_dir, ["a", "b"]) == list(PHANTOM_CLASSES[:5])
+    assert class_names(phantom_dir / "imagesTs", ["a", "b"]) == list(PHANTOM_CLASSES[:5])
+    assert class_names(tmp_path, ["a", "b"]) == ["a", "b"]
+    assert channel_count(phantom_dir, 4) == 1 and channel_count(tmp_path, 4) == 4
+    assert len(image_list(phantom_dir)) == 2 and len(image_list(phantom_dir / "imagesTr")) == 6
+    with pytest.raises(FileNotFoundError, match="holds no volume"):
+        image_list(tmp_path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        image_list(tmp_path / "nowhere")
+
+
+# --- precision and metrics --------------------------------------------------------------------------------------------
+
+
+def test_trains_in_bf16_and_channels_last(tmp_path, phantom_dir, workflow):
+    overrides = {**TINY, "precision": "bf16", "channels_last": "true", "max_epochs": 1, "cache_rate": 0.0}
+    overrides |= {"dataset_dir": str(phantom_dir), "ckpt_dir": str(tmp_path), "output_dir": str(tmp_path)}
+    flow = workflow(["train", "tasks/phantom.yaml"], **overrides)
+    seen = set()
+    conv = next(m for m in flow.network_def.modules() if isinstance(m, torch.nn.Conv3d) and m.in_channels > 1)
+    conv.register_forward_hook(lambda module, inputs, output: seen.add((output.stride(1), output.dtype)))
+    flow.run()
+    assert seen == {(1, torch.bfloat16)}
+    assert np.isfinite(flow.trainer.state.metrics["train_loss"])
+    assert conv.weight.dtype == torch.float32
+    assert conv.weight.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize("inferer", [SimpleInferer(), SlidingWindowInferer((8, 8, 8), mode="gaussian")])
+def test_autocast_inferer(inferer):
+    network = torch.nn.Conv3d(1, 2, 3, padding=1)
+    volume = MetaTensor(torch.rand(1, 1, 12, 8, 9))
+    expected = inferer(volume, network)
+    assert torch.equal(AutocastInferer(inferer)(volume, network), expected)
+    reduced = AutocastInferer(inferer, "bf16", channels_last=True)(volume, network)
+    assert reduced.dtype == torch.float32
+    assert 0 < (reduced - expected).abs().max() < 0.02
+    AutocastInferer(SimpleInferer(), "bf16")(volume, network).sum().backward()
+    assert network.weight.grad.dtype == torch.float32
+
+
+def test_autocast_inferer_refuses():
+    with pytest.raises(ValueError, match="fp8"):
+        AutocastInferer(SimpleInferer(), "fp8")
+    with pytest.raises(ValueError, match="needs a CUDA device, not cpu"):
+        AutocastInferer(SimpleInferer(), "fp16")(torch.rand(1, 1, 8, 8, 8), torch.nn.Identity())
+
+
+def test_hausdorff_distance_is_in_mm():
+    reference = torch.zeros(2, 16, 16, 16)
+    reference[1, 4:8, 4:8, 4:8] = 1
+    prediction = reference.roll(2, dims=3)  # two voxels of 2.5 mm along the last axis
+    metric = HausdorffDistanceInMM(include_background=False)
+    affine = torch.diag(torch.tensor([1.0, 1.5, 2.5, 1.0]))
+    metric.update(([prediction], [MetaTensor(reference, affine=affine)]))
+    assert metric.metric_fn.aggregate().item() == pytest.approx(5.0)

@@ -1,0 +1,391 @@
+# Copyright (c) 2026 SegResMamba bundle contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Tests of the data lists and of the check of a data set before training."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+from scripts.datalist import check_dataset, dataset_channels, dataset_classes, decathlon_datalist
+
+DATA = Path(os.environ.get("SEGRESMAMBA_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+HIPPOCAMPUS = DATA / "Task04_Hippocampus"
+OPENMS = DATA / "OpenMS_MNI"
+needs_hippocampus = pytest.mark.skipif(not HIPPOCAMPUS.is_dir(), reason=f"no {HIPPOCAMPUS}: set SEGRESMAMBA_DATA")
+needs_openms = pytest.mark.skipif(not OPENMS.is_dir(), reason=f"no {OPENMS}: set SEGRESMAMBA_DATA")
+SHAPE = (9, 8, 7)
+
+
+def save(array: np.ndarray, path: str | Path, affine: np.ndarray | None = None) -> None:
+    nib.save(nib.Nifti1Image(array, np.eye(4) if affine is None else affine), path)
+
+
+def write_dataset(folder: Path, num_cases: int = 6, channels: int = 1, num_test: int = 0) -> Path:
+    """A data set of tiny noise volumes with label values 0 to 2."""
+    rng = np.random.RandomState(0)
+    for name in ("imagesTr", "labelsTr", *(["imagesTs", "labelsTs"] if num_test else [])):
+        (folder / name).mkdir(parents=True)
+    content = {
+        "modality": {str(c): f"m{c}" for c in range(channels)},
+        "labels": {"0": "background", "1": "a", "2": "b"},
+    }
+    content.update(training=[], test=[])
+    for index in range(num_cases + num_test):
+        suffix = "Tr" if index < num_cases else "Ts"
+        files = [f"./images{suffix}/case{index}_{c:04d}.nii.gz" for c in range(channels)]
+        label = f"./labels{suffix}/case{index}.nii.gz"
+        if channels == 1:
+            files = [f"./images{suffix}/case{index}.nii.gz"]
+        for file in files:
+            save(rng.normal(size=SHAPE).astype(np.float32), folder / file)
+        save(rng.randint(0, 3, SHAPE).astype(np.uint8), folder / label)
+        image = files[0] if channels == 1 else files
+        if suffix == "Tr":
+            content["training"].append({"image": image, "label": label})
+        else:
+            content["test"].append(image if channels == 1 else {"image": image})
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+def rewrite_json(folder: Path, **changes: object) -> None:
+    content = json.loads((folder / "dataset.json").read_text())
+    content.update(changes)
+    (folder / "dataset.json").write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def names(items: list[dict]) -> list[str]:
+    return [Path(item["label"]).name for item in items]
+
+
+@pytest.fixture
+def dataset(tmp_path) -> Path:
+    return write_dataset(tmp_path / "set")
+
+
+# ---- the lists
+
+
+@pytest.mark.parametrize("num_folds", [2, 4, 5])
+def test_folds_are_disjoint_and_cover_all_cases(tmp_path, num_folds):
+    folder = write_dataset(tmp_path / "set", num_cases=11)
+    everything = names(decathlon_datalist(folder, "all"))
+    assert everything == sorted(everything) and len(everything) == 11
+    held_out = []
+    for fold in range(num_folds):
+        train = names(decathlon_datalist(folder, "training", fold=fold, num_folds=num_folds))
+        val = names(decathlon_datalist(folder, "validation", fold=fold, num_folds=num_folds))
+        assert not set(train) & set(val) and sorted(train + val) == everything
+        assert len(val) in (11 // num_folds, 11 // num_folds + 1)
+        held_out += val
+    assert sorted(held_out) == everything
+
+
+def test_split_ignores_the_order_in_the_file_and_the_place_of_the_folder(tmp_path):
+    one, two = write_dataset(tmp_path / "zz" / "set", 11), write_dataset(tmp_path / "a", 11)
+    rewrite_json(two, training=json.loads((two / "dataset.json").read_text())["training"][::-1])
+    assert names(decathlon_datalist(one, "validation")) == names(decathlon_datalist(two, "validation"))
+
+
+def test_split_is_shuffled_by_the_seed(tmp_path):
+    folder = write_dataset(tmp_path / "set", num_cases=11)
+    splits = [names(decathlon_datalist(folder, "validation", seed=seed)) for seed in (0, 0, 1, 2)]
+    assert splits[0] == splits[1]
+    assert len({tuple(s) for s in splits}) == 3
+    assert names(decathlon_datalist(folder, "all", seed=0)) == names(decathlon_datalist(folder, "all", seed=1))
+
+
+def test_paths_are_absolute_whatever_the_working_directory(dataset, monkeypatch):
+    monkeypatch.chdir(dataset.parent)
+    item = decathlon_datalist("set", "all")[0]
+    assert item == {
+        "image": str(dataset / "imagesTr" / "case0.nii.gz"),
+        "label": str(dataset / "labelsTr" / "case0.nii.gz"),
+    }
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_test_cases_take_their_label_from_labels_ts_where_there_is_one(tmp_path, channels):
+    folder = write_dataset(tmp_path / "set", num_cases=2, channels=channels, num_test=2)
+    items = decathlon_datalist(folder, "test")
+    assert [item["label"] for item in items] == [str(folder / "labelsTs" / f"case{i}.nii.gz") for i in (2, 3)]
+    (folder / "labelsTs" / "case2.nii.gz").unlink()
+    assert ["label" in item for item in decathlon_datalist(folder, "test")] == [False, True]
+
+
+def test_channel_files_stay_in_order(tmp_path):
+    folder = write_dataset(tmp_path / "set", num_cases=2, channels=3)
+    item = decathlon_datalist(folder, "all")[1]
+    assert item["image"] == [str(folder / "imagesTr" / f"case1_{c:04d}.nii.gz") for c in range(3)]
+    assert dataset_channels(folder) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"subset": "train"}, "subset must be one of training, validation, all, test"),
+        ({"num_folds": 1}, "num_folds must be a whole number of at least 2"),
+        ({"num_folds": 7}, "6 labelled cases, too few for num_folds=7"),
+        ({"fold": 5}, "fold must be from 0 to 4"),
+        ({"fold": -1}, "fold must be a whole number of at least 0"),
+        ({"subset": "test"}, "lists no cases under 'test'"),
+    ],
+)
+def test_bad_arguments_of_a_list_are_named(dataset, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        decathlon_datalist(dataset, **arguments)
+
+
+def test_absent_folders_are_named_with_the_layout(dataset):
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; expected .* dataset.json, imagesTr"):
+        decathlon_datalist(dataset / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"labelsTr has no dataset.json; expected .* dataset.json, imagesTr"):
+        decathlon_datalist(dataset / "labelsTr")
+    (dataset / "imagesTr").rename(dataset / "images")
+    with pytest.raises(FileNotFoundError, match=r"imagesTr, which does not exist; expected .* dataset.json, imagesTr"):
+        decathlon_datalist(dataset)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "must hold a JSON object"),
+        ("{}", "lists no cases under 'training'"),
+        ('{"training": []}', "lists no cases under 'training'"),
+        ('{"training": [{"image": "./imagesTr/lone.nii.gz"}]}', "must have an 'image' and a 'label', got .*lone"),
+    ],
+)
+def test_malformed_dataset_json_is_named(tmp_path, text, message):
+    (tmp_path / "dataset.json").write_text(text)
+    with pytest.raises(ValueError, match=f"dataset.json.*{message}"):
+        decathlon_datalist(tmp_path)
+
+
+# ---- what dataset.json declares
+
+
+def test_nnunet_form_of_channels_and_labels(dataset):
+    rewrite_json(
+        dataset, modality=None, channel_names={"0": "CT", "1": "PET"}, labels={"background": 0, "b": 2, "a": 1}
+    )
+    assert dataset_channels(dataset) == 2
+    assert list(dataset_classes(dataset).items()) == [(0, "background"), (1, "a"), (2, "b")]
+
+
+@pytest.mark.parametrize("labels", [{"2": "b", "1": "a"}, {"b": 2, "a": 1}])
+def test_background_is_added(dataset, labels):
+    rewrite_json(dataset, labels=labels)
+    assert dataset_classes(dataset) == {0: "background", 1: "a", 2: "b"}
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"0": "background", "2": "b"}, "without a gap"),
+        ({"background": 0, "whole": [1, 2]}, "one whole number"),
+        ({"background": 0, "a": 1, "b": 1}, "same value"),
+        (None, "declares no labels"),
+    ],
+)
+def test_bad_labels_are_named(dataset, labels, message):
+    rewrite_json(dataset, labels=labels)
+    with pytest.raises(ValueError, match=message):
+        dataset_classes(dataset)
+
+
+def test_undeclared_channels_are_named(dataset):
+    rewrite_json(dataset, modality=None)
+    with pytest.raises(ValueError, match="declares no channels"):
+        dataset_channels(dataset)
+
+
+# ---- the check before training
+
+
+def truncate(path: str) -> None:
+    content = Path(path).read_bytes()
+    Path(path).write_bytes(content[: len(content) // 2])
+
+
+def nan_voxel(path: str) -> None:
+    array = np.ones(SHAPE, np.float32)
+    array[1, 1, 1] = np.nan
+    save(array, path)
+
+
+def with_value(value: float, dtype: type):
+    def change(path: str) -> None:
+        array = np.ones(SHAPE, dtype)
+        array[1, 2, 3] = value
+        save(array, path)
+
+    return change
+
+
+FAULTS = {
+    "missing image": ("image", os.remove, "the image file does not exist"),
+    "missing label": ("label", os.remove, "the label file does not exist"),
+    "truncated image": ("image", truncate, "cannot be read as an image"),
+    "truncated label": ("label", truncate, "cannot be read as an image"),
+    "text": ("image", lambda p: Path(p).write_text("not an image"), "cannot be read as an image"),
+    "empty file": ("label", lambda p: Path(p).write_bytes(b""), "cannot be read as an image"),
+    "class too high": ("label", with_value(3, np.uint8), r"from 0 to 2 \(num_classes=3\), found 3$"),
+    "negative class": ("label", with_value(-1, np.int16), "found -1$"),
+    "fraction": ("label", with_value(0.5, np.float32), "must be whole numbers, found 0.5"),
+    "NaN label": ("label", with_value(np.nan, np.float32), "must be whole numbers, found nan"),
+    "NaN image": ("image", nan_voxel, "holds NaN or infinite values"),
+    "shape": (
+        "label",
+        lambda p: save(np.ones((9, 8, 6), np.uint8), p),
+        r"shape \(9, 8, 6\) differs from .* \(9, 8, 7\)",
+    ),
+    "channels": ("image", lambda p: save(np.ones((*SHAPE, 2), np.float32), p), "has 2 channels instead of 1"),
+    "one-hot label": ("label", lambda p: save(np.ones((*SHAPE, 3), np.uint8), p), "label has 3 channels instead of 1"),
+    "shifted label": (
+        "label",
+        lambda p: save(np.ones(SHAPE, np.uint8), p, np.diag([1, 1, 1.5, 1])),
+        "3.0 mm away from the image",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_reported_with_its_file(dataset, name):
+    key, spoil, message = FAULTS[name]
+    items = decathlon_datalist(dataset, "all")
+    assert check_dataset(items, num_classes=3, num_channels=1, progress=False) == items
+    spoil(items[2][key])
+    with pytest.raises(ValueError, match=message) as caught:
+        check_dataset(items, num_classes=3, num_channels=1, progress=False)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "The data set is unfit: 1 of 6 cases have problems."
+    assert len(lines) == 2 and items[2][key] in lines[1]
+
+
+def test_all_faults_come_in_one_error(dataset):
+    items = decathlon_datalist(dataset, "all")
+    truncate(items[0]["image"])
+    os.remove(items[1]["label"])
+    with_value(9, np.uint8)(items[4]["label"])
+    with pytest.raises(ValueError, match="3 of 6 cases") as caught:
+        check_dataset(items, num_classes=3, progress=False)
+    assert all(f in str(caught.value) for f in (items[0]["image"], items[1]["label"], items[4]["label"]))
+
+
+def test_long_lists_of_faults_are_cut(tmp_path):
+    items = decathlon_datalist(write_dataset(tmp_path / "set", num_cases=14), "all")
+    with pytest.raises(ValueError, match="14 of 14 cases") as caught:
+        check_dataset(items, num_classes=2, progress=False)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 12 and lines[-1].strip() == "... and 4 more."
+
+
+def test_an_absent_folder_is_one_fault(dataset):
+    items = decathlon_datalist(dataset, "all")
+    (dataset / "labelsTr").rename(dataset / "labels")
+    with pytest.raises(ValueError, match=r"labelsTr: the folder does not exist, 6 files were expected") as caught:
+        check_dataset(items, num_classes=3, progress=False)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_a_case_without_label_is_named_unless_no_label_is_asked_for(dataset):
+    items = decathlon_datalist(dataset, "all")
+    del items[3]["label"]
+    with pytest.raises(ValueError, match=r"case3.nii.gz\) has no 'label'"):
+        check_dataset(items, num_classes=3, progress=False)
+    assert check_dataset(items, num_classes=3, label_key=None, progress=False) == items
+
+
+def test_an_empty_list_is_refused():
+    with pytest.raises(ValueError, match="data list is empty"):
+        check_dataset([], num_classes=3)
+
+
+def test_float_labels_of_whole_numbers_are_fine(dataset):
+    items = decathlon_datalist(dataset, "all")
+    with_value(2.0, np.float32)(items[0]["label"])
+    check_dataset(items, num_classes=3, progress=False)
+
+
+@pytest.mark.parametrize(("num_channels", "fits"), [(2, True), (None, True), (1, False), (4, False)])
+def test_channels_are_counted_over_a_list_of_files(tmp_path, num_channels, fits):
+    items = decathlon_datalist(write_dataset(tmp_path / "set", num_cases=2, channels=2), "all")
+    if fits:
+        check_dataset(items, num_classes=3, num_channels=num_channels, progress=False)
+        return
+    with pytest.raises(ValueError, match=f"has 2 channels instead of {num_channels}"):
+        check_dataset(items, num_classes=3, num_channels=num_channels, progress=False)
+
+
+def test_a_case_short_of_a_channel_is_named(tmp_path):
+    items = decathlon_datalist(write_dataset(tmp_path / "set", num_cases=3, channels=2), "all")
+    items[1]["image"].pop()
+    with pytest.raises(ValueError, match=r"case1_0000.nii.gz: has 1 channels instead of 2"):
+        check_dataset(items, num_classes=3, progress=False)
+
+
+def test_optional_checks_can_be_left_out(dataset):
+    items = decathlon_datalist(dataset, "all")
+    nan_voxel(items[0]["image"])
+    save(np.ones(SHAPE, np.uint8), items[1]["label"], np.diag([2.0, 2.0, 2.0, 1.0]))
+    with pytest.raises(ValueError, match="2 of 6 cases"):
+        check_dataset(items, num_classes=3, progress=False)
+    check_dataset(items, num_classes=3, check_finite=False, check_affine=False, progress=False)
+
+
+def test_other_formats_are_read_too(tmp_path):
+    rng = np.random.RandomState(0)
+    np.save(tmp_path / "image.npy", rng.normal(size=(9, 8)))
+    Image.fromarray(rng.randint(0, 3, (8, 9)).astype(np.uint8)).save(tmp_path / "label.png")
+    items = [{"image": str(tmp_path / "image.npy"), "label": str(tmp_path / "label.png")}]
+    check_dataset(items, num_classes=3, num_channels=1, progress=False)
+    with pytest.raises(ValueError, match=r"label.png: label values must be from 0 to 1 .* found 2"):
+        check_dataset(items, num_classes=2, progress=False)
+
+
+def test_progress_bar_counts_cases(dataset, capsys):
+    items = decathlon_datalist(dataset, "all")
+    check_dataset(items, num_classes=3)
+    assert "Checking data" in capsys.readouterr().err
+    check_dataset(items, num_classes=3, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+# ---- real data
+
+
+@needs_hippocampus
+def test_hippocampus_is_fit_for_training():
+    classes = dataset_classes(HIPPOCAMPUS)
+    assert classes == {0: "background", 1: "Anterior", 2: "Posterior"}
+    items = decathlon_datalist(HIPPOCAMPUS, "all")
+    assert len(items) == 208
+    check_dataset(items, num_classes=len(classes), num_channels=dataset_channels(HIPPOCAMPUS), progress=False)
+    with pytest.raises(ValueError, match="208 of 208 cases"):
+        check_dataset(items, num_classes=2, progress=False)
+    train, val = (decathlon_datalist(HIPPOCAMPUS, subset) for subset in ("training", "validation"))
+    assert len(train) == 166 and len(val) == 42
+
+
+@needs_openms
+def test_openms_has_four_channels():
+    items = decathlon_datalist(OPENMS, "all")
+    assert [len(item["image"]) for item in items] == [4, 4] and dataset_channels(OPENMS) == 4
+    check_dataset(items[:1], num_classes=len(dataset_classes(OPENMS)), num_channels=4, progress=False)
