@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -244,18 +245,16 @@ def _array(x: torch.Tensor) -> np.ndarray:
     return x.detach().contiguous().numpy()
 
 
-_STEPS: dict[tuple, tuple] = {}
-
-
-def _steps(indices: Sequence[torch.Tensor | None], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """The orders as int32 arrays (K, L): the token at each step, and the step of each token."""
-    key = (length, *(None if i is None else i.data_ptr() for i in indices))
-    if key not in _STEPS:
-        plain = torch.arange(length)
-        index = torch.stack([plain if i is None else i for i in indices])
-        inverse = torch.empty_like(index).scatter_(1, index, plain.expand_as(index))
-        _STEPS[key] = tuple(x.to(torch.int32).numpy() for x in (index, inverse))
-    return _STEPS[key]
+@lru_cache(maxsize=64)
+def _steps(indices: tuple[torch.Tensor | None, ...], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """
+    The orders as int32 arrays (K, L): the token at each step, and the step of each token. Tensors are looked up by
+    identity, and the cache keeps those it knows alive.
+    """
+    plain = torch.arange(length)
+    index = torch.stack([plain if i is None else i for i in indices])
+    inverse = torch.empty_like(index).scatter_(1, index, plain.expand_as(index))
+    return index.to(torch.int32).numpy(), inverse.to(torch.int32).numpy()
 
 
 def _threads() -> int:

@@ -16,14 +16,13 @@ from functools import lru_cache
 
 import torch
 
-__all__ = ["SCAN_ORDERS", "order_index"]
+__all__ = ["SCAN_ORDERS", "index_for", "order_index"]
 
 # The paper's names. Any other order: the axes from slowest to fastest, a minus sign in front to walk it backwards.
 SCAN_ORDERS = {"forward": "dhw", "reverse": "-dhw", "inter_slice": "hwd"}
 
 
-@lru_cache(maxsize=64)
-def order_index(order: str, spatial_shape: tuple[int, int, int], device: torch.device) -> torch.Tensor | None:
+def order_index(order: str, spatial_shape: Sequence[int], device: torch.device) -> torch.Tensor | None:
     """
     The scan order of a volume as an index over its raster sequence (architecture: forward, reverse and inter-slice of
     SegResMamba section 2.1; the axis permutations of Taming Mambas, Fig. 1b).
@@ -41,6 +40,12 @@ def order_index(order: str, spatial_shape: tuple[int, int, int], device: torch.d
     Raises:
         ValueError: when ``order`` is none of the above.
     """
+    if torch.compiler.is_compiling():  # what a tracer makes must not stay in the cache
+        return _order_index(order, tuple(spatial_shape), device)
+    return _cached_order_index(order, tuple(spatial_shape), device)
+
+
+def _order_index(order: str, spatial_shape: tuple[int, ...], device: torch.device) -> torch.Tensor | None:
     axes = SCAN_ORDERS.get(order, order)
     backwards, axes = axes.startswith("-"), axes.lstrip("-")
     if sorted(axes) != ["d", "h", "w"]:
@@ -51,13 +56,33 @@ def order_index(order: str, spatial_shape: tuple[int, int, int], device: torch.d
     if axes == "dhw" and not backwards:
         return None
     d, h, w = spatial_shape
-    index = torch.arange(d * h * w, device=device).reshape(d, h, w)
-    index = index.permute(*("dhw".index(axis) for axis in axes)).reshape(-1)
-    return index.flip(0) if backwards else index
+    with torch.inference_mode(False):  # an index first made for inference may later be needed in training
+        index = torch.arange(d * h * w, device=device).reshape(d, h, w)
+        index = index.permute(*("dhw".index(axis) for axis in axes)).reshape(-1)
+        return index.flip(0) if backwards else index
 
 
-def index_for(order: str | None, spatial_shape: Sequence[int] | None, length: int, device: torch.device):
-    """:py:func:`order_index` for a sequence of ``length`` tokens, with the shape checked against it."""
+_cached_order_index = lru_cache(maxsize=64)(_order_index)
+
+
+def index_for(
+    order: str | None, spatial_shape: Sequence[int] | None, length: int, device: torch.device
+) -> torch.Tensor | None:
+    """
+    :py:func:`order_index` for a sequence, with the volume's shape checked against it.
+
+    Args:
+        order: scan order, or None for a plain sequence.
+        spatial_shape: the volume's size (D, H, W) in voxels.
+        length: number of tokens.
+        device: where the index is wanted.
+
+    Returns:
+        int64 (length,), or None for the raster order.
+
+    Raises:
+        ValueError: when the order is unknown, or the shape missing or of another length.
+    """
     if order is None:
         return None
     if spatial_shape is None:
@@ -65,4 +90,4 @@ def index_for(order: str | None, spatial_shape: Sequence[int] | None, length: in
     d, h, w = spatial_shape
     if d * h * w != length:
         raise ValueError(f"spatial_shape {tuple(spatial_shape)} holds {d * h * w} voxels, the sequence {length}.")
-    return order_index(order, (d, h, w), device)
+    return order_index(order, spatial_shape, device)
