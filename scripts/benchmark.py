@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from monai.networks.nets import SwinUNETR
@@ -32,8 +33,8 @@ from scripts.selective_scan import selective_scan_channels_last
 
 __all__ = ["cpu", "training_memory"]
 
-_TEXT = {"depths": (1, 1, 1, 1), "stage_conv": False}  # the network of the paper's text
-_COMPACT = {**_TEXT, "channels": (16, 32, 64, 128), "out_channels": 3}
+_TEXT: dict[str, Any] = {"depths": (1, 1, 1, 1), "stage_conv": False}  # the network of the paper's text
+_COMPACT: dict[str, Any] = {**_TEXT, "channels": (16, 32, 64, 128), "out_channels": 3}
 
 
 def cpu(rounds: int = 5, output_dir: str = "docs/benchmarks", name: str = "") -> None:
@@ -112,7 +113,9 @@ def _machine() -> dict[str, str | int]:
     }
 
 
-def _interleaved(title: str, functions: dict[str, Callable[[], object]], rounds: int, few: tuple[str, ...] = ()) -> dict:
+def _interleaved(
+    title: str, functions: dict[str, Callable[[], object]], rounds: int, few: tuple[str, ...] = ()
+) -> dict:
     """Seconds of each function, run in turn: median, least, most and count. ``few`` run twice only, unwarmed."""
     seconds: dict[str, list[float]] = {key: [] for key in functions}
     for turn in tqdm(range(-1, rounds), desc=title):
@@ -132,20 +135,21 @@ def _interleaved(title: str, functions: dict[str, Callable[[], object]], rounds:
 def _scan(rounds: int) -> dict:
     """The op alone, at SegResMamba's first level for a 128^3 patch."""
     length, d, n = 262144, 96, 16
-    inputs = [torch.randn(1, length, d), torch.rand(1, length, d) * 0.1, -torch.arange(1.0, n + 1).repeat(d, 1)]
-    inputs += [torch.randn(1, length, n), torch.randn(1, length, n)]
-    with_grad = [x.clone().requires_grad_() for x in inputs]
+    inputs = {"u": torch.randn(1, length, d), "delta": torch.rand(1, length, d) * 0.1}
+    inputs["A"] = -torch.arange(1.0, n + 1).repeat(d, 1)
+    inputs |= {"B": torch.randn(1, length, n), "C": torch.randn(1, length, n)}
+    with_grad = {key: x.clone().requires_grad_() for key, x in inputs.items()}
+    scan: Any = selective_scan_channels_last
 
     def forward(engine: str) -> Callable[[], object]:
         def run() -> None:
             with torch.inference_mode():
-                selective_scan_channels_last(*inputs, engine=engine)
+                scan(**inputs, engine=engine)
 
         return run
 
     def both() -> None:
-        y = selective_scan_channels_last(*with_grad, engine="numba")
-        torch.autograd.grad(y.sum(), with_grad)
+        torch.autograd.grad(scan(**with_grad, engine="numba").sum(), list(with_grad.values()))
 
     functions = {f"{engine} forward": forward(engine) for engine in ("numba", "chunked", "reference")}
     functions["numba forward + backward"] = both
@@ -207,8 +211,9 @@ def _markdown(results: dict) -> str:
     def ratio(table: dict, a: str, b: str) -> str:
         return f"{table[a]['median'] / table[b]['median']:.2f}"
 
-    lines = [f"Measured on {machine['processor']}, {machine['threads']} threads, {machine['capability']}, "]
-    lines[0] += ", ".join(f"{key} {machine[key]}" for key in ("system", "python", "torch", "numba") if key in machine) + "."
+    versions = ", ".join(f"{key} {machine[key]}" for key in ("python", "torch", "numba") if key in machine)
+    head = f"{machine['processor']}, {machine['threads']} threads, {machine['capability']}, {machine['system']}"
+    lines = [f"Measured on {head}, {versions}."]
     for title, table in (
         ("Selective scan, L 262,144 x d 96 x n 16, float32", scan),
         ("Inference, one 128 x 128 x 128 patch, 1 to 14 classes, float32", inference),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -31,7 +32,7 @@ class ClearErrors:
         previous: the hook to call for other errors.
     """
 
-    def __init__(self, previous: object) -> None:
+    def __init__(self, previous: Callable[..., object]) -> None:
         self.previous = previous
 
     def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -49,7 +50,7 @@ class _CountedToM(nn.Module):
         return self.norm(x.movedim(1, -1)).movedim(-1, 1)
 
 
-def _skeleton(network: nn.Module) -> nn.Module:
+def _skeleton(network: SegResMamba) -> nn.Module:
     """A copy that has shapes and no values, so that it runs at any size at once, with a stand-in for each ToM."""
     skeleton = copy.deepcopy(network).to("meta").eval()
     for parent in list(skeleton.modules()):
@@ -59,12 +60,12 @@ def _skeleton(network: nn.Module) -> nn.Module:
     return skeleton
 
 
-def _volume(network: nn.Module, spatial_size: int | Sequence[int]) -> torch.Tensor:
+def _volume(network: SegResMamba, spatial_size: int | Sequence[int]) -> torch.Tensor:
     size = (spatial_size,) * 3 if isinstance(spatial_size, int) else tuple(spatial_size)
     return torch.empty(1, network.in_channels, *size, device="meta")
 
 
-def paper_macs(network: nn.Module, spatial_size: int | Sequence[int]) -> float:
+def paper_macs(network: SegResMamba, spatial_size: int | Sequence[int]) -> float:
     """
     Multiply-accumulates of one volume as ``thop`` counts them, which is how the figures of the SegResMamba paper come
     about (Tables 1, 2, 3 and 7): convolutions, transposed ones at their output's positions, two operations an element
@@ -91,7 +92,7 @@ def paper_macs(network: nn.Module, spatial_size: int | Sequence[int]) -> float:
     return thop.profile(skeleton, (_volume(network, spatial_size),), custom_ops=rules, verbose=False)[0]
 
 
-def tom_macs(network: nn.Module, spatial_size: int | Sequence[int]) -> dict[str, int]:
+def tom_macs(network: SegResMamba, spatial_size: int | Sequence[int]) -> dict[str, int]:
     """
     What all ToM layers together cost for one volume, which :py:func:`paper_macs` leaves out.
 
@@ -137,7 +138,7 @@ def parameter_counts(network: nn.Module) -> dict[str, int]:
 
 
 def _main(
-    spatial_size: int | Sequence[int] = 128, in_channels: int = 1, out_channels: int = 14, **options: object
+    spatial_size: int | Sequence[int] = 128, in_channels: int = 1, out_channels: int = 14, **options: Any
 ) -> None:
     """Print what a SegResMamba costs.
 

@@ -22,6 +22,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,7 +106,7 @@ def dataset_channels(dataset_dir: str | os.PathLike) -> int:
 
 
 def dataset_classes(dataset_dir: str | os.PathLike) -> dict[int, str]:
-    """Read the label values that dataset.json declares in "labels", as value to name or, in nnU-Net v2's form, reversed.
+    """Read the label values that dataset.json declares in "labels", as value to name or, as nnU-Net v2 does, reversed.
 
     Args:
         dataset_dir: the folder that holds dataset.json.
@@ -179,7 +180,7 @@ def check_dataset(
         if index in damaged:
             continue
         image, message = _read(loader, item[image_key])
-        if message is None:
+        if image is not None:
             if num_channels is None:
                 num_channels = image.shape[0]
             message = _image_problems(image, item[image_key], num_channels, check_finite)
@@ -188,7 +189,7 @@ def check_dataset(
         if label_key is None:
             continue
         label, message = _read(loader, item[label_key])
-        if message is None:
+        if label is not None:
             message = _label_problems(label, image, item[label_key], num_classes, check_affine)
         if message:
             problems.append(([index], message))
@@ -334,7 +335,7 @@ def _label_problems(
     return f"{_short(file)}: {', '.join(faults)}" if faults else None
 
 
-def _corner_distance(image: torch.Tensor, label: torch.Tensor) -> tuple[float, float]:
+def _corner_distance(image: Any, label: Any) -> tuple[float, float]:
     """Return how far the corner voxels of two arrays of one shape lie apart at most, and a voxel's diagonal, in mm."""
     affines = [np.asarray(array.affine, dtype=np.float64) for array in (image, label)]
     rank = affines[0].shape[0] - 1

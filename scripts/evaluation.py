@@ -31,6 +31,10 @@ from monai.utils import string_list_all_gather
 __all__ = ["ClassMetricsSaver", "HausdorffDistanceInMM"]
 
 
+def _image_meta(batch: Sequence[Any]) -> list[dict]:
+    return [item["image"].meta for item in batch]
+
+
 class HausdorffDistanceInMM(HausdorffDistance):
     """
     MONAI's ``HausdorffDistance`` in millimetres: with the voxel size of each case, read from the affine of its
@@ -70,7 +74,7 @@ class ClassMetricsSaver(MetricsSaver):
         save_dir: str,
         class_names: Sequence[str],
         metric_details: str | Sequence[str] = "*",
-        batch_transform: Callable = lambda batch: [item["image"].meta for item in batch],
+        batch_transform: Callable = _image_meta,
         summary_ops: str | Sequence[str] = ("mean", "std", "median", "min", "max", "notnans"),
     ) -> None:
         super().__init__(
@@ -108,7 +112,7 @@ class ClassMetricsSaver(MetricsSaver):
             summary_ops=self.summary_ops,
             class_labels=self.class_names,
         )
-        summary = {"cases": len(cases)}
+        summary: dict[str, Any] = {"cases": len(cases)}
         for name, values in details.items():
             columns = {label: values[:, k].numpy() for k, label in enumerate(self.class_names)}
             columns["mean"] = np.array(
@@ -139,7 +143,7 @@ class ClassMetricsSaver(MetricsSaver):
 def _statistics(values: np.ndarray) -> dict:
     """Mean, sample standard deviation and median of the finite values, and how many are finite and infinite."""
     finite = values[np.isfinite(values)]
-    found = {"mean": None, "std": None, "median": None}
+    found: dict[str, float | None] = {"mean": None, "std": None, "median": None}
     if len(finite):
         std = float(np.std(finite, ddof=1)) if len(finite) > 1 else 0.0
         found = {"mean": float(np.mean(finite)), "std": std, "median": float(np.median(finite))}

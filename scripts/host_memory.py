@@ -34,4 +34,4 @@ def retain_freed_memory() -> bool:
     if not hasattr(library, "gnu_get_libc_version"):
         return False
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 * 2**20))
-    return all([library.mallopt(option, value) == 1 for option, value in settings])
+    return all(library.mallopt(option, value) == 1 for option, value in settings)

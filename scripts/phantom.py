@@ -140,7 +140,7 @@ def write_phantoms(
 
     Raises:
         ValueError: When an argument is out of range.
-        FileExistsError: When ``output_dir`` is a file, or a folder that holds anything else than the data set asked for.
+        FileExistsError: When ``output_dir`` is a file, or a folder that holds anything but the data set asked for.
     """
     for name, value, least in (
         ("num_training", num_training, 1),
@@ -247,7 +247,7 @@ def _draw_grid(
     affine = np.eye(4)
     affine[:3, :3] = direction * voxel_mm
     affine[:3, 3] = centre - affine[:3, :3] @ ((size - 1) / 2)
-    return tuple(int(n) for n in size), voxel_mm, affine
+    return (int(size[0]), int(size[1]), int(size[2])), voxel_mm, affine
 
 
 def _patient_coordinates(spatial_size: Sequence[int], affine: np.ndarray) -> np.ndarray:
@@ -285,21 +285,21 @@ def _draw_scene(
         centre: Sequence[float], radii: Sequence[float], shift: float = 3.0, tilt: float = 15.0
     ) -> np.ndarray:
         """Signed distance to an ellipsoid whose place, size and tilt vary about the ones given."""
-        centre = np.asarray(centre) + rng.uniform(-shift, shift, size=3)
-        radii = np.asarray(radii) * rng.uniform(0.88, 1.12) * rng.uniform(0.95, 1.05, size=3)
+        middle = np.asarray(centre) + rng.uniform(-shift, shift, size=3)
+        semiaxes = np.asarray(radii) * rng.uniform(0.88, 1.12) * rng.uniform(0.95, 1.05, size=3)
         turn = _rotation(rng.normal(size=3), rng.uniform(0.0, tilt))
-        return _ellipsoid_distance(points, centre, radii, turn)
+        return _ellipsoid_distance(points, middle, semiaxes, turn)
 
     def tube(centre: Sequence[float], radii: Sequence[float], length: tuple[float, float]) -> np.ndarray:
         """Signed distance to an elliptic tube along the patient's long axis that winds a little."""
-        centre = np.asarray(centre) + rng.uniform(-2.0, 2.0, size=2)
-        radii = np.asarray(radii) * rng.uniform(0.9, 1.12)
+        middle = np.asarray(centre) + rng.uniform(-2.0, 2.0, size=2)
+        semiaxes = np.asarray(radii) * rng.uniform(0.9, 1.12)
         swing, phase = rng.uniform(0.0, 3.0, size=2), rng.uniform(0.0, 2 * np.pi, size=2)
         x, y = (
-            points[k] - np.float32(centre[k]) - np.float32(swing[k]) * np.sin(points[2] * np.float32(0.06) + phase[k])
+            points[k] - np.float32(middle[k]) - np.float32(swing[k]) * np.sin(points[2] * np.float32(0.06) + phase[k])
             for k in range(2)
         )
-        radial = (1.0 - np.sqrt((x / radii[0]) ** 2 + (y / radii[1]) ** 2)) * radii.min()
+        radial = (1.0 - np.sqrt((x / semiaxes[0]) ** 2 + (y / semiaxes[1]) ** 2)) * semiaxes.min()
         return np.minimum(radial, np.minimum(points[2] - length[0], length[1] - points[2])).astype(np.float32)
 
     body_radii = np.array([62.0, 46.0]) * rng.uniform(0.95, 1.05, size=2)

@@ -365,8 +365,8 @@ def _draw_plane(
     axes.set_xlim(width, 0)
     axes.set_ylim(0, height)
     axes.set_axis_off()
-    places = ((0.015, 0.5, sides[0], "left", "center"), (0.985, 0.5, sides[1], "right", "center"))
-    places += ((0.5, 0.985, ends[0], "center", "top"), (0.5, 0.015, ends[1], "center", "bottom"))
+    places = [(0.015, 0.5, sides[0], "left", "center"), (0.985, 0.5, sides[1], "right", "center")]
+    places += [(0.5, 0.985, ends[0], "center", "top"), (0.5, 0.015, ends[1], "center", "bottom")]
     for across, up, letter, align, valign in places:
         text = axes.text(across, up, letter, transform=axes.transAxes, color="white", fontsize=8, ha=align, va=valign)
         text.set_path_effects([withStroke(linewidth=2, foreground="#16181c")])

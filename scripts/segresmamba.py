@@ -11,7 +11,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -142,6 +143,18 @@ class _Downsample(nn.Module):
         return self.conv(x)
 
 
+def _run(module: Callable[..., torch.Tensor], x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    """
+    A part of the network, in float32 where the volume is small and autocast on the CPU is on: there oneDNN's bfloat16
+    weight gradient is wrong, up to corrupted memory, for a kernel about as large as its volume (seen with torch 2.13
+    and AVX512_BF16). On volumes this small float32 costs nothing.
+    """
+    if x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and min(x.shape[2:]) <= 8:
+        with torch.autocast("cpu", enabled=False):
+            return module(x.float(), *(other.float() for other in others))
+    return module(x, *others)
+
+
 def _crop(x: torch.Tensor, spatial_shape: Sequence[int]) -> torch.Tensor:
     """Drop the voxels that doubling has put beyond an odd size."""
     d, h, w = spatial_shape
@@ -257,7 +270,9 @@ class SegResMamba(nn.Module):
         if full_resolution_skip:
             width = full_resolution_skip
             norm = ("GROUP", {"num_groups": 8})
-            self.full_resolution = nn.Sequential(nn.Conv3d(in_channels, width, 3, padding=1), ResBlock(3, width, norm))
+            self.full_resolution: nn.Module | None = nn.Sequential(
+                nn.Conv3d(in_channels, width, 3, padding=1), ResBlock(3, width, norm)
+            )
             self.up = _UpStage(channels[0], width)
             self.head: nn.Module = nn.Conv3d(width, out_channels, 1)
         else:
@@ -280,15 +295,15 @@ class SegResMamba(nn.Module):
         y = self.stem(x)
         skips = []
         for downsample, block, skip in zip(self.downsamples, self.blocks, self.skips):
-            y = downsample(y)
+            y = _run(downsample, y)
             if self.use_checkpoint and torch.is_grad_enabled():
-                y = checkpoint(block, y, use_reentrant=False)
+                y = _run(partial(checkpoint, block, use_reentrant=False), y)
             else:
-                y = block(y)
-            skips.append(skip(y))
+                y = _run(block, y)
+            skips.append(_run(skip, y))
         y = skips.pop()
         for up_stage in self.up_stages:
-            y = up_stage(y, skips.pop())
+            y = _run(up_stage, y, skips.pop())
         if self.full_resolution is not None:
             y = self.up(y, self.full_resolution(x))
         return _crop(self.head(y), x.shape[2:])

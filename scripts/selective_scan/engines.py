@@ -15,7 +15,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -28,7 +28,7 @@ ENGINE_VARIABLE = "SEGRESMAMBA_SCAN"
 logger = logging.getLogger(__name__)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _missing(name: str) -> str | None:
     """Why an engine cannot run on this machine, or None."""
     if name == "numba" and importlib.util.find_spec("numba") is None:
@@ -49,12 +49,12 @@ def _unsuited(name: str, device: torch.device, dtype: torch.dtype) -> str | None
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _load(name: str) -> ModuleType:
     return importlib.import_module(f"{__package__}.{name}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _log_choice(name: str, device_type: str) -> None:
     logger.info("selective scan on %s: engine %r (%s=<name> forces another)", device_type, name, ENGINE_VARIABLE)
 

@@ -68,7 +68,7 @@ def selective_scan(
             return x.expand(u.shape[0], u.shape[2], *x.shape)
         return x.movedim(-1, 1)
 
-    out = selective_scan_channels_last(
+    y, last_state = _scan(
         u.transpose(1, 2),
         delta.transpose(1, 2),
         A,
@@ -78,12 +78,11 @@ def selective_scan(
         None if z is None else z.transpose(1, 2),
         delta_bias,
         delta_softplus,
-        return_last_state,
-        engine=engine,
+        None,
+        None,
+        engine,
     )
-    if return_last_state:
-        return out[0].transpose(1, 2), out[1]
-    return out.transpose(1, 2)
+    return (y.transpose(1, 2), last_state) if return_last_state else y.transpose(1, 2)
 
 
 def selective_scan_channels_last(
@@ -127,6 +126,13 @@ def selective_scan_channels_last(
         ValueError: when shapes do not fit, A is complex, or the order or engine is unknown.
         RuntimeError: when the engine is not available here.
     """
+    y, last_state = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, order, spatial_shape, engine)
+    return (y, last_state) if return_last_state else y
+
+
+def _scan(
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, order, spatial_shape, engine
+) -> tuple[torch.Tensor, torch.Tensor]:
     if B.ndim == 3:
         B = B.unsqueeze(2)
     if C.ndim == 3:
@@ -135,13 +141,15 @@ def selective_scan_channels_last(
     index = index_for(order, spatial_shape, u.shape[1], u.device)
     module = resolve_engine(engine, u.device, torch.promote_types(u.dtype, A.dtype))
     y, last_state = module.scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, index)
-    return (y, last_state.detach()) if return_last_state else y
+    return y, last_state.detach()
 
 
 def _check(u, delta, A, B, C, D, z, delta_bias) -> None:
     """One clear error for shapes that do not fit, in the channels-last form."""
     if u.ndim != 3 or A.ndim != 2 or not A.is_floating_point():
-        raise ValueError(f"u must have 3 axes and A be real with 2, got {tuple(u.shape)} and {tuple(A.shape)}, {A.dtype}.")
+        raise ValueError(
+            f"u must have 3 axes, A 2 and real values: got shapes {tuple(u.shape)} and {tuple(A.shape)}, {A.dtype}."
+        )
     batch, length, d = u.shape
     n = A.shape[1]
     if length == 0:

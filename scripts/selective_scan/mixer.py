@@ -72,21 +72,17 @@ def oriented_mixer(
 
     x, z = xz.chunk(2, dim=-1)
     dt_rank, n = dt_proj_weight.shape[2], A.shape[2]
-    out = None
+    outputs = []
     for k, index in enumerate(indices):
         u = F.silu(_causal_conv(x, conv_weight[k], conv_bias[k], index))
         dt, B, C = F.linear(u, x_proj_weight[k]).split([dt_rank, n, n], dim=-1)
         delta = F.linear(dt, dt_proj_weight[k])
-        y, _ = module.scan(
-            u, delta, A[k], B.unsqueeze(2), C.unsqueeze(2), D[k], None, dt_proj_bias[k], True, index
-        )
-        out = y if out is None else out + y
-    return out * F.silu(z)
+        y, _ = module.scan(u, delta, A[k], B.unsqueeze(2), C.unsqueeze(2), D[k], None, dt_proj_bias[k], True, index)
+        outputs.append(y)
+    return sum(outputs[1:], outputs[0]) * F.silu(z)
 
 
-def _causal_conv(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, index: torch.Tensor | None
-) -> torch.Tensor:
+def _causal_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
     """Causal depthwise convolution of tokens (batch, L, d) along an order; weight (d, taps), bias (d,)."""
     length = x.shape[1]
     y = x * weight[:, -1] + bias

@@ -39,8 +39,8 @@ def scan(
     index: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Scan on the CPU in kernels compiled by numba: one pass over the tokens for each block of channels, softplus, bias and
-    ``D u`` fused, in float32. Arguments and returns as :py:func:`.reference.scan`.
+    Scan on the CPU in kernels compiled by numba: one pass over the tokens for each block of channels, softplus, bias
+    and ``D u`` fused, in float32. Arguments and returns as :py:func:`.reference.scan`.
     """
     dtype, d = u.dtype, u.shape[2]
     u, delta, A, B, C = (t.float() for t in (u, delta, A, B, C))
@@ -64,8 +64,8 @@ def mixer(
     indices: Sequence[torch.Tensor | None],
 ) -> torch.Tensor:
     """
-    :py:func:`scripts.selective_scan.oriented_mixer` fused for the CPU: convolution and SiLU in one pass over the tokens,
-    dt_proj, softplus and ``D u`` inside the scan, the orders side by side, their sum and the gate in one pass.
+    :py:func:`scripts.selective_scan.oriented_mixer` fused for the CPU: convolution and SiLU in one pass over the
+    tokens, dt_proj, softplus and ``D u`` inside the scan, the orders side by side, their sum and the gate in one pass.
 
     Autograd keeps, in bytes a token beside the parameters: 4 * (2 d for xz + d for the sum + K (dt_rank + 2 n) for
     dt, B and C + K n d / 64 for the chunks' first states); the convolution and the scan are recomputed.

@@ -21,7 +21,7 @@ threads share the work. One file, since numba's cache on disk looks at no other 
 from __future__ import annotations
 
 import operator
-from functools import lru_cache
+from functools import cache
 
 import numba
 import numpy as np
@@ -262,7 +262,7 @@ def _raw_delta(i, j, W, rank, dt_weight, bias, raw, low):
     return x + _load(raw, i * W + j)
 
 
-@lru_cache(maxsize=None)
+@cache
 def scan_forward(W: int):
     """The forward scan over blocks of W channels, a multiple of 16; a task is (row, group, block)."""
     T = TOKENS
@@ -332,7 +332,7 @@ def scan_forward(W: int):
     return kernel
 
 
-@lru_cache(maxsize=None)
+@cache
 def scan_backward(W: int):
     """
     The backward scan over blocks of W channels, a multiple of 32; a task is (row, group, block). Recomputes a chunk's
@@ -355,10 +355,12 @@ def scan_backward(W: int):
         hs, decays = np.zeros(((T + 1) * n, W), f32), np.empty((T * n, W), f32)
         dtw, ddtw = np.zeros((rank, W), f32), np.empty((rank, W), f32)
         low, dlow = np.empty((T, rank), f32), np.empty((rank, T), f32)
-        bias_, skip, dDb, dbiasb = np.zeros((1, W), f32), np.zeros((1, W), f32), np.empty((1, W), f32), np.empty((1, W), f32)
+        bias_, skip = np.zeros((1, W), f32), np.zeros((1, W), f32)
+        dDb, dbiasb = np.empty((1, W), f32), np.empty((1, W), f32)
         ub, db, raw, dyb = np.zeros((T, W), f32), np.zeros((T, W), f32), np.zeros((T, W), f32), np.zeros((T, W), f32)
         gu, ga = np.zeros((T, W), f32), np.zeros((T, W), f32)
-        Bb, Cb, dBb, dCb = np.empty((T, rows), f32), np.empty((T, rows), f32), np.empty((T, rows), f32), np.empty((T, rows), f32)
+        Bb, Cb = np.empty((T, rows), f32), np.empty((T, rows), f32)
+        dBb, dCb = np.empty((T, rows), f32), np.empty((T, rows), f32)
         sums_b, sums_c = np.zeros((rows, LANES), f32), np.zeros((rows, LANES), f32)
         zero, ln2 = _splat(f32(0.0)), _splat(LN2)
         for task in range(first, last):

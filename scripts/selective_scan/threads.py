@@ -15,7 +15,7 @@ import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -62,7 +62,7 @@ def run_shares(share: Callable[[int], None], count: int) -> None:
     return None
 
 
-@lru_cache(maxsize=1)
+@cache
 def _openmp() -> ctypes.CDLL | None:
     """GNU's OpenMP runtime, if PyTorch has loaded it."""
     if "OpenMP" not in torch.__config__.parallel_info().split("ATen parallel backend:")[-1]:
@@ -75,7 +75,7 @@ def _openmp() -> ctypes.CDLL | None:
     return library
 
 
-@lru_cache(maxsize=None)
+@cache
 def _pool(process: int) -> ThreadPoolExecutor:
     """One pool for each process, since threads do not survive a fork."""
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="selective_scan")
