@@ -1,0 +1,54 @@
+# make help lists the targets. Everything runs in a virtual environment of its own, made on first use.
+
+PYTHON ?= python3
+VENV ?= .venv
+# For example: make test PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PIP_OPTIONS ?=
+DEMO ?= demo
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+BUNDLE := $(BIN)/python -m monai.bundle run
+TASK := configs/tasks/phantom.yaml
+
+.PHONY: help demo test lint bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo   train, evaluate and infer on synthetic phantoms; prints Dice and the paths of pictures"
+	@echo "make test   all tests"
+	@echo "make lint   style and types"
+	@echo "make bench  what the scan engines and the network cost on this CPU; writes docs/benchmarks"
+	@echo "make clean  remove $(DEMO)/, caches and $(VENV)/"
+
+$(INSTALLED): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --requirement requirements.txt
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python -m scripts.phantom --output_dir $(DEMO)/phantom
+	$(BUNDLE) --config_file "['configs/train.json','$(TASK)']" \
+		--dataset_dir $(DEMO)/phantom --ckpt_dir $(DEMO)/models --output_dir $(DEMO)/training
+	$(BUNDLE) --config_file "['configs/train.json','configs/evaluate.json','$(TASK)']" \
+		--dataset_dir $(DEMO)/phantom --ckpt_dir $(DEMO)/models --output_dir $(DEMO)/evaluation
+	$(BUNDLE) --config_file "['configs/inference.json','$(TASK)']" \
+		--dataset_dir $(DEMO)/phantom --ckpt_dir $(DEMO)/models --output_dir $(DEMO)/inference
+	$(BIN)/python -m scripts.demo --dataset_dir $(DEMO)/phantom --prediction_dir $(DEMO)/inference \
+		--picture_dir $(DEMO)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -q tests
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check scripts tests
+	$(BIN)/ruff format --check scripts tests
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python -m scripts.benchmark cpu
+
+clean:
+	rm -rf $(DEMO) $(VENV) .pytest_cache .ruff_cache .mypy_cache
+	find scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
