@@ -23,7 +23,8 @@ def unavailable() -> str | None:
     try:
         import selective_scan_cuda  # noqa: F401
     except ImportError as error:
-        return f"its CUDA kernels do not import ({error}); build them: MAMBA_FORCE_BUILD=TRUE pip install mamba-ssm --no-build-isolation"
+        build = "MAMBA_FORCE_BUILD=TRUE pip install mamba-ssm --no-build-isolation"
+        return f"its CUDA kernels do not import ({error}); build them: {build}"
     return None
 
 
