@@ -38,6 +38,11 @@ class InstanceNorm(nn.InstanceNorm3d):
         return super().forward(input)
 
 
+def _residual_block(channels: int) -> ResBlock:
+    """Pre-activation residual block. 8 groups; 4 for 8 channels, so that a group never is a single value."""
+    return ResBlock(3, channels, norm=("GROUP", {"num_groups": min(8, channels // 2)}))
+
+
 class _ConvNormReLU(nn.Sequential):
     """CIR: convolution, InstanceNorm, ReLU."""
 
@@ -168,7 +173,7 @@ class _UpStage(nn.Module):
         super().__init__()
         self.reduce = nn.Conv3d(in_channels, out_channels, 1, bias=False)
         self.up = UpSample(3, out_channels, out_channels, scale_factor=2, mode="nontrainable", align_corners=False)
-        self.block = ResBlock(3, out_channels, norm=("GROUP", {"num_groups": 8}))
+        self.block = _residual_block(out_channels)
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
         return self.block(_crop(self.up(self.reduce(x)), skip.shape[2:]) + skip)
@@ -269,9 +274,8 @@ class SegResMamba(nn.Module):
         self.up_stages = nn.ModuleList(_UpStage(b, a) for a, b in zip(channels[-2::-1], channels[:0:-1]))
         if full_resolution_skip:
             width = full_resolution_skip
-            norm = ("GROUP", {"num_groups": 8})
             self.full_resolution: nn.Module | None = nn.Sequential(
-                nn.Conv3d(in_channels, width, 3, padding=1), ResBlock(3, width, norm)
+                nn.Conv3d(in_channels, width, 3, padding=1), _residual_block(width)
             )
             self.up = _UpStage(channels[0], width)
             self.head: nn.Module = nn.Conv3d(width, out_channels, 1)

@@ -120,7 +120,7 @@ class ToM(nn.Module):
             self.x_proj_weight,
             self.dt_proj_weight,
             self.dt_proj_bias,
-            -torch.exp(self.A_log.float()),
+            -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
             self.D,
             orders=self.orders,
             spatial_shape=spatial_shape,

@@ -138,6 +138,8 @@ def _scan(
     if C.ndim == 3:
         C = C.unsqueeze(2)
     _check(u, delta, A, B, C, D, z, delta_bias)
+    if B.shape[2] != C.shape[2]:  # the engines know one grouping
+        B, C = (x.repeat_interleave(u.shape[2] // x.shape[2], dim=2) for x in (B, C))
     index = index_for(order, spatial_shape, u.shape[1], u.device)
     module = resolve_engine(engine, u.device, torch.promote_types(u.dtype, A.dtype))
     y, last_state = module.scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, index)
@@ -146,9 +148,10 @@ def _scan(
 
 def _check(u, delta, A, B, C, D, z, delta_bias) -> None:
     """One clear error for shapes that do not fit, in the channels-last form."""
-    if u.ndim != 3 or A.ndim != 2 or not A.is_floating_point():
+    if u.ndim != 3 or A.ndim != 2 or not (u.is_floating_point() and A.is_floating_point()):
         raise ValueError(
-            f"u must have 3 axes, A 2 and real values: got shapes {tuple(u.shape)} and {tuple(A.shape)}, {A.dtype}."
+            f"u must have 3 axes, A 2, and both real floating-point values: got shapes {tuple(u.shape)} and "
+            f"{tuple(A.shape)}, {u.dtype} and {A.dtype}."
         )
     batch, length, d = u.shape
     n = A.shape[1]
@@ -169,5 +172,3 @@ def _check(u, delta, A, B, C, D, z, delta_bias) -> None:
                 f"{name} must be (batch {batch}, L {length}, groups dividing d {d}, n {n}) in channels-last form, "
                 f"got {tuple(x.shape)}."
             )
-    if B.shape[2] != C.shape[2]:
-        raise ValueError(f"B has {B.shape[2]} groups and C {C.shape[2]}; both must have the same.")

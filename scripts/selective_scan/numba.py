@@ -17,6 +17,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from . import numba_kernels as kernels
 from .threads import run_shares
@@ -46,7 +47,7 @@ def scan(
     u, delta, A, B, C = (t.float() for t in (u, delta, A, B, C))
     D = u.new_zeros(d) if D is None else D.float()
     bias = u.new_zeros(d) if delta_bias is None else delta_bias.float()
-    y, last_state = _Scan.apply(u, delta, A, B, C, D, bias, delta_softplus, index)
+    y, last_state = _Scan.apply(u, delta, A, B, C, D, bias, delta_softplus, index, torch.is_grad_enabled())
     if z is not None:
         y = y * F.silu(z.float())
     return y.to(dtype), last_state
@@ -73,39 +74,43 @@ def mixer(
     dtype = xz.dtype
     tensors = (xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D)
     with torch.autocast("cpu", enabled=False):
-        return _Mixer.apply(*(t.float() for t in tensors), tuple(indices)).to(dtype)
+        return _Mixer.apply(*(t.float() for t in tensors), tuple(indices), torch.is_grad_enabled()).to(dtype)
 
 
 class _Scan(torch.autograd.Function):
     """u, delta (batch, L, d), A (d, n), B, C (batch, L, g, n), D, bias (d,), index (L,) or None."""
 
     @staticmethod
-    def forward(ctx, u, delta, A, B, C, D, bias, softplus, index):
-        ctx.shared = _ScanArguments(u, delta, None, bias, softplus, A, D, B, 0, C, 0, _steps((index,), u.shape[1]))
-        y, states, ends = ctx.shared.forward(keep_states=any(ctx.needs_input_grad))
-        ctx.states = states
+    def forward(ctx, u, delta, A, B, C, D, bias, softplus, index, training):
+        steps = _steps((index,), u.shape[1])
+        shared = _ScanArguments(u, delta, None, bias, softplus, A, D, B, 0, C, 0, steps)
+        y, states, ends = shared.forward(keep_states=training and any(ctx.needs_input_grad))
+        ctx.save_for_backward(u, delta, A, B, C, D, bias, torch.from_numpy(states))
+        ctx.softplus, ctx.steps = softplus, steps
         last_state = torch.from_numpy(ends)
         ctx.mark_non_differentiable(last_state)
         return torch.from_numpy(y), last_state
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, _):
-        shared = ctx.shared
-        du, ddelta, dB, dC, _, dA, dD, dbias = shared.backward(ctx.states, _array(dy))
+        u, delta, A, B, C, D, bias, states = ctx.saved_tensors
+        shared = _ScanArguments(u, delta, None, bias, ctx.softplus, A, D, B, 0, C, 0, ctx.steps)
+        du, ddelta, dB, dC, _, dA, dD, dbias = shared.backward(states.numpy(), _array(dy))
         dB, dC = (torch.from_numpy(x).sum(0) for x in (dB, dC))
         dA, dD, dbias = (torch.from_numpy(x).sum(0) for x in (dA, dD, dbias))
-        return torch.from_numpy(du), torch.from_numpy(ddelta), dA.t(), dB, dC, dD, dbias, None, None
+        return torch.from_numpy(du), torch.from_numpy(ddelta), dA.t(), dB, dC, dD, dbias, None, None, None
 
 
 class _Mixer(torch.autograd.Function):
     """Arguments as :py:func:`mixer`, all float32."""
 
     @staticmethod
-    def forward(ctx, xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, indices):
+    def forward(ctx, xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, indices, grad):
         batch, length = xz.shape[:2]
         K, d = conv_bias.shape
         rank, n = dt_proj.shape[2], A.shape[2]
-        training = any(ctx.needs_input_grad)
+        training = grad and any(ctx.needs_input_grad)
         steps = _steps(indices, length)
         u = _convolve(xz, conv_weight, conv_bias, steps)
         dt_B_C = torch.matmul(u.view(K, batch * length, d), x_proj.transpose(1, 2))  # one batched product
@@ -121,26 +126,28 @@ class _Mixer(torch.autograd.Function):
         kept = np.empty(out.shape if training else (0, 0, 0), np.float32)
         _run(kernels.gate_forward, batch * length, _array(xz), y, out, kept)
         if training:
-            ctx.save_for_backward(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, dt_B_C)
-            ctx.states, ctx.kept, ctx.steps = states, kept, steps
+            arrays = (torch.from_numpy(states), torch.from_numpy(kept))
+            ctx.save_for_backward(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, dt_B_C, *arrays)
+            ctx.steps = steps
         return torch.from_numpy(out)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):
-        xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, dt_B_C = ctx.saved_tensors
+        xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, dt_B_C, states, kept = ctx.saved_tensors
         batch, length = xz.shape[:2]
         K, d = conv_bias.shape
         rank, n = dt_proj.shape[2], A.shape[2]
         xz_, dxz = _array(xz), np.empty(xz.shape, np.float32)
         dy = np.empty((batch, length, d), np.float32)
-        _run(kernels.gate_backward, batch * length, xz_, ctx.kept, _array(dout), dy, dxz)
+        _run(kernels.gate_backward, batch * length, xz_, kept.numpy(), _array(dout), dy, dxz)
 
         u = _convolve(xz, conv_weight, conv_bias, ctx.steps)
         packed = dt_B_C.view(K * batch, length, 1, rank + 2 * n)
         shared = _ScanArguments(
             u.view(K * batch, length, d), None, dt_proj, dt_bias, True, A, D, packed, rank, packed, rank + n, ctx.steps
         )
-        du_, _, ddt_B_C_, _, *sums = shared.backward(ctx.states, dy)
+        du_, _, ddt_B_C_, _, *sums = shared.backward(states.numpy(), dy)
         ddt_proj, dA, dD, ddt_bias = (torch.from_numpy(x).unflatten(0, (K, batch)).sum(1) for x in sums)
         u = u.view(K, batch * length, d)
         du = torch.from_numpy(du_).view(K, batch * length, d)
@@ -158,7 +165,7 @@ class _Mixer(torch.autograd.Function):
         dconv_weight = torch.from_numpy(dweight).sum(0).transpose(1, 2)
         dconv_bias = torch.from_numpy(dbias).sum(0)
         ddt_proj, dA = ddt_proj.transpose(1, 2), dA.transpose(1, 2)
-        return torch.from_numpy(dxz), dconv_weight, dconv_bias, dx_proj, ddt_proj, ddt_bias, dA, dD, None
+        return torch.from_numpy(dxz), dconv_weight, dconv_bias, dx_proj, ddt_proj, ddt_bias, dA, dD, None, None
 
 
 class _ScanArguments:
@@ -170,7 +177,7 @@ class _ScanArguments:
         self.rows, self.length, self.width = u.shape[0], u.shape[1], d // B.shape[2]
         self.groups, self.columns, self.n = B.shape[2], B.shape[3], n
         self.rank = 0 if dt_weight is None else dt_weight.shape[2]
-        self.packed = B is C  # one tensor holds dt, B and C
+        self.packed = B is C and b0 != c0  # one tensor holds dt, B and C
         none = np.empty((0, 0, 0), np.float32)
         no_rank = np.empty((K, 0, d), np.float32)
         self.arguments = (
@@ -180,7 +187,7 @@ class _ScanArguments:
             no_rank if dt_weight is None else _array(dt_weight.transpose(1, 2)),
             _array(bias),
             softplus,
-            _array((A * float(kernels.LOG2E)).transpose(1, 2)),
+            _array((torch.where(A.isnan(), float("nan"), A) * float(kernels.LOG2E)).transpose(1, 2)),
             _array(D),
             _array(B),
             b0,

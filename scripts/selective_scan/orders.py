@@ -47,7 +47,7 @@ def order_index(order: str, spatial_shape: Sequence[int], device: torch.device) 
 
 def _order_index(order: str, spatial_shape: tuple[int, ...], device: torch.device) -> torch.Tensor | None:
     axes = SCAN_ORDERS.get(order, order)
-    backwards, axes = axes.startswith("-"), axes.lstrip("-")
+    backwards, axes = axes.startswith("-"), axes.removeprefix("-")
     if sorted(axes) != ["d", "h", "w"]:
         raise ValueError(
             f"unknown scan order {order!r}: expected one of {', '.join(SCAN_ORDERS)}, or the letters d, h and w from "
