@@ -109,7 +109,7 @@ class ToM(nn.Module):
             x: volume (B, C, D, H, W).
 
         Returns:
-            volume of the same shape, in channels-last strides.
+            volume of the same shape and memory format.
         """
         spatial_shape = x.shape[2:]
         tokens = self.norm(x.flatten(2).transpose(1, 2))  # b c d h w -> b (d h w) c
@@ -127,6 +127,8 @@ class ToM(nn.Module):
             engine=self.scan_engine,
         )
         y = self.out_proj(y).transpose(1, 2).unflatten(2, spatial_shape)  # b (d h w) c -> b c d h w
+        if not x.is_contiguous(memory_format=torch.channels_last_3d):
+            y = y.contiguous()
         return x + y if self.residual else y
 
     def extra_repr(self) -> str:

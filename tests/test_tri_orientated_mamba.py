@@ -236,13 +236,14 @@ def test_residual_adds_the_input(engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_output_has_channels_last_strides(engine, channels_last):
+def test_output_has_the_memory_format_of_the_input(engine, channels_last):
     tom, x = make(scan_engine=engine), torch.randn(2, 8, 3, 4, 5)
     expected = tom(x)
     if channels_last:
         x = x.to(memory_format=torch.channels_last_3d)
     y = tom(x)
-    assert y.shape == x.shape and y.is_contiguous(memory_format=torch.channels_last_3d)
+    memory_format = torch.channels_last_3d if channels_last else torch.contiguous_format
+    assert y.shape == x.shape and y.is_contiguous(memory_format=memory_format)
     torch.testing.assert_close(y, expected)
 
 

@@ -113,7 +113,9 @@ class _Mixer(torch.autograd.Function):
         training = grad and any(ctx.needs_input_grad)
         steps = _steps(indices, length)
         u = _convolve(xz, conv_weight, conv_bias, steps)
-        dt_B_C = torch.matmul(u.view(K, batch * length, d), x_proj.transpose(1, 2))  # one batched product
+        dt_B_C = torch.empty(K, batch * length, rank + 2 * n)
+        for k in range(K):  # one by one they are faster than as a batch
+            torch.mm(u[k].view(-1, d), x_proj[k].t(), out=dt_B_C[k])
         packed = dt_B_C.view(K * batch, length, 1, rank + 2 * n)
         shared = _ScanArguments(
             u.view(K * batch, length, d), None, dt_proj, dt_bias, True, A, D, packed, rank, packed, rank + n, steps
@@ -153,8 +155,9 @@ class _Mixer(torch.autograd.Function):
         du = torch.from_numpy(du_).view(K, batch * length, d)
         ddt_B_C = torch.from_numpy(ddt_B_C_)
         ddt_B_C = (ddt_B_C[0] if len(ddt_B_C) == 1 else ddt_B_C.sum(0)).view(K, batch * length, rank + 2 * n)
-        du.baddbmm_(ddt_B_C, x_proj)
-        dx_proj = torch.matmul(ddt_B_C.transpose(1, 2), u)
+        for k in range(K):
+            du[k].addmm_(ddt_B_C[k], x_proj[k])
+        dx_proj = torch.stack([ddt_B_C[k].t() @ u[k] for k in range(K)])
 
         weight, bias = _array(conv_weight.transpose(1, 2)), _array(conv_bias)
         dpre = du_.reshape(K, batch, length, d)
@@ -176,6 +179,7 @@ class _ScanArguments:
         K, d, n = A.shape
         self.rows, self.length, self.width = u.shape[0], u.shape[1], d // B.shape[2]
         self.groups, self.columns, self.n = B.shape[2], B.shape[3], n
+        self.decaying = softplus and not bool((A > 0).any())
         self.rank = 0 if dt_weight is None else dt_weight.shape[2]
         self.packed = B is C and b0 != c0  # one tensor holds dt, B and C
         none = np.empty((0, 0, 0), np.float32)
@@ -205,7 +209,7 @@ class _ScanArguments:
         ends = np.empty((self.rows, d, self.n), np.float32)
         W = self._block((16, 32, 48, 64, 96, 128), overhead=40)
         tasks = self.rows * self.groups * -(-self.width // W)
-        _run(kernels.scan_forward(W), tasks, *self.arguments, y, states, ends)
+        _run(kernels.scan_forward(W, self.decaying), tasks, *self.arguments, y, states, ends)
         return y, states, ends
 
     def backward(self, states: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -223,7 +227,19 @@ class _ScanArguments:
         sums = [np.empty((self.rows, m, d), np.float32) for m in (self.rank, self.n)]
         sums += [np.empty((self.rows, d), np.float32) for _ in range(2)]
         tasks = self.rows * self.groups * blocks
-        _run(kernels.scan_backward(W), tasks, *self.arguments, states, dy, du, ddelta, sums[0], dB, dC, *sums[1:])
+        _run(
+            kernels.scan_backward(W, self.decaying),
+            tasks,
+            *self.arguments,
+            states,
+            dy,
+            du,
+            ddelta,
+            sums[0],
+            dB,
+            dC,
+            *sums[1:],
+        )
         return du, ddelta, dB, dC, *sums
 
     def _block(self, widths: Sequence[int], overhead: int) -> int:

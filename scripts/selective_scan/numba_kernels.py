@@ -178,9 +178,9 @@ _overload(operator.truediv, _div)
 
 
 @_inline
-def _exp2(x):
-    """2^x: a polynomial on the fraction, the whole part added to the exponent; at least 2^-125, at most 2^127."""
-    x = _minimum(_maximum(x, _splat(f32(-125.0))), _splat(f32(127.0)))
+def _exp2_of_negative(x):
+    """2^x for x <= 127: a polynomial on the fraction, the whole part added to the exponent; at least 2^-125."""
+    x = _maximum(x, _splat(f32(-125.0)))
     shifted = _exact_add(x, _splat(f32(12582912.0)))  # 1.5 * 2^23: rounds x into the lowest bits of the mantissa
     x = x - _exact_sub(shifted, _splat(f32(12582912.0)))
     p = _splat(E5) + x * _splat(E6)
@@ -193,6 +193,12 @@ def _exp2(x):
 
 
 @_inline
+def _exp2(x):
+    """2^x, at least 2^-125 and at most 2^127."""
+    return _exp2_of_negative(_minimum(x, _splat(f32(127.0))))
+
+
+@_inline
 def _sigmoid(x):
     one = _splat(f32(1.0))
     return one / (one + _exp2(x * _splat(-LOG2E)))
@@ -202,7 +208,7 @@ def _sigmoid(x):
 def _softplus(x):
     """max(x, 0) + log1p(e), e = exp(-|x|), the logarithm as 2 artanh(e / (2 + e))."""
     zero = _splat(f32(0.0))
-    e = _exp2(_minimum(x, zero - x) * _splat(LOG2E))
+    e = _exp2_of_negative(_minimum(x, zero - x) * _splat(LOG2E))
     s = e / (_splat(f32(2.0)) + e)
     q = s * s
     p = _splat(f32(1.0 / 13.0)) + q * _splat(f32(1.0 / 15.0))
@@ -263,8 +269,11 @@ def _raw_delta(i, j, W, rank, dt_weight, bias, raw, low):
 
 
 @cache
-def scan_forward(W: int):
-    """The forward scan over blocks of W channels, a multiple of 16; a task is (row, group, block)."""
+def scan_forward(W: int, decaying: bool):
+    """
+    The forward scan over blocks of W channels, a multiple of 16; a task is (row, group, block). ``decaying`` promises
+    that no delta * A is positive.
+    """
     T = TOKENS
 
     @_jit
@@ -319,7 +328,9 @@ def scan_forward(W: int):
                         dl, ul, acc = _load(db, at), _load(ub, at), _load(yb, at)
                         for s in range(n):
                             at = s * W + j
-                            x = _exp2(dl * _load(a2, at)) * _load(h, at) + ul * _splat(Bb[i, s])
+                            x = dl * _load(a2, at)
+                            x = _exp2_of_negative(x) if decaying else _exp2(x)
+                            x = x * _load(h, at) + ul * _splat(Bb[i, s])
                             _store(h, at, x)
                             acc = acc + x * _splat(Cb[i, s])
                         _store(yb, i * W + j, acc)
@@ -333,9 +344,9 @@ def scan_forward(W: int):
 
 
 @cache
-def scan_backward(W: int):
+def scan_backward(W: int, decaying: bool):
     """
-    The backward scan over blocks of W channels, a multiple of 32; a task is (row, group, block). Recomputes a chunk's
+    The backward scan over blocks of W channels, a multiple of 32; tasks and ``decaying`` as above. Recomputes a chunk's
     states from its first and walks it back. Sums over channels (dB, dC) are written per block, without atomics.
     """
     T = TOKENS
@@ -402,7 +413,8 @@ def scan_backward(W: int):
                         dul = dl * _load(ub, i * W + j)
                         for s in range(n):
                             at = (i * n + s) * W + j
-                            decay = _exp2(dl * _load(a2, s * W + j))
+                            decay = dl * _load(a2, s * W + j)
+                            decay = _exp2_of_negative(decay) if decaying else _exp2(decay)
                             _store(decays, at, decay)
                             _store(hs, at + n * W, decay * _load(hs, at) + dul * _splat(Bb[i, s]))
                 for i in range(tokens - 1, -1, -1):
