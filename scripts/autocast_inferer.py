@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from monai.inferers import Inferer
-from monai.utils import look_up_option
 
 __all__ = ["AutocastInferer"]
 
@@ -48,7 +47,9 @@ class AutocastInferer(Inferer):
         super().__init__()
         self.inferer = inferer
         self.precision = precision
-        self.dtype = look_up_option(precision, _DTYPES)
+        if precision not in _DTYPES:
+            raise ValueError(f"precision must be one of {', '.join(_DTYPES)}, got {precision!r}.")
+        self.dtype = _DTYPES[precision]
         self.channels_last = channels_last
 
     def __call__(self, inputs: torch.Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -18,13 +18,13 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from monai.networks.nets import SwinUNETR
-from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from scripts.host_memory import retain_freed_memory
@@ -37,7 +37,7 @@ _TEXT: dict[str, Any] = {"depths": (1, 1, 1, 1), "stage_conv": False}  # the net
 _COMPACT: dict[str, Any] = {**_TEXT, "channels": (16, 32, 64, 128), "out_channels": 3}
 
 
-def cpu(rounds: int = 5, output_dir: str = "docs/benchmarks", name: str = "") -> None:
+def cpu(rounds: int = 3, output_dir: str = "docs/benchmarks", name: str = "") -> None:
     """
     What the scan engines and SegResMamba cost on this CPU, and against what. Everything that is compared runs in turn,
     round by round; the medians and their ratios are what counts.
@@ -47,7 +47,7 @@ def cpu(rounds: int = 5, output_dir: str = "docs/benchmarks", name: str = "") ->
         output_dir: where ``cpu-<name>.json`` and ``.md`` are written.
         name: name of the machine in the files' names; default: its processor's.
     """
-    retain_freed_memory()
+    retain_freed_memory()  # as the configs do
     torch.manual_seed(0)
     results = {
         "machine": _machine(),
@@ -80,7 +80,10 @@ def training_memory(spatial_size: int = 96, use_tom: bool = True) -> None:
     import resource
 
     def peak() -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
+        if os.path.exists("/proc/self/status"):  # ru_maxrss would begin at the parent's size
+            with open("/proc/self/status") as file:
+                return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2  # bytes on macOS
 
     network = SegResMamba(out_channels=2, use_tom=use_tom, **_TEXT)
     optimizer = torch.optim.AdamW(network.parameters())
@@ -122,10 +125,10 @@ def _interleaved(
         for key, function in functions.items():
             if key in few and turn not in (0, 1):
                 continue
-            timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
-            elapsed = timer.timeit(1).mean
+            start = time.perf_counter()
+            function()
             if turn >= 0:
-                seconds[key].append(elapsed)
+                seconds[key].append(time.perf_counter() - start)
     return {
         key: {"median": statistics.median(s), "min": min(s), "max": max(s), "runs": len(s)}
         for key, s in seconds.items()
@@ -192,7 +195,7 @@ def _training(rounds: int) -> dict:
 
     functions = {key: run(network, None) for key, network in networks.items()}
     functions |= {f"{key}, bf16": run(network, torch.bfloat16) for key, network in networks.items()}
-    return _interleaved("training step", functions, 2 * rounds)
+    return _interleaved("training step", functions, 3 * rounds)
 
 
 def _training_memory_apart() -> dict:

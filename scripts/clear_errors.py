@@ -42,18 +42,23 @@ class ClearErrors:
             error: the error that nobody caught.
             trace: its traceback.
         """
-        cause = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        frames = traceback.extract_tb(cause.__traceback__)
-        ours = bool(frames) and _SCRIPTS in Path(frames[-1].filename).resolve().parents
-        if not (ours and isinstance(cause, (ValueError, OSError))):
-            self.previous(kind, error, trace)
-            if cause is error:
-                return
-            print(f"\n{type(cause).__name__}: {cause}", file=sys.stderr)
-        else:
-            print(f"\nError: {cause}", file=sys.stderr)
+        chain = [error]
+        while chain[-1].__cause__ is not None:
+            chain.append(chain[-1].__cause__)
+        own = next((link for link in chain if _is_own(link)), None)
+        if own is not None:
+            print(f"\nError: {own}", file=sys.stderr)
+            return
+        self.previous(kind, error, trace)
+        if len(chain) > 1:
+            print(f"\n{type(chain[-1]).__name__}: {chain[-1]}", file=sys.stderr)
+
+
+def _is_own(error: BaseException) -> bool:
+    """Whether the bundle itself raised an error about its input."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = bool(frames) and _SCRIPTS in Path(frames[-1].filename).resolve().parents
+    return ours and isinstance(error, (ValueError, OSError))
 
 
 def install() -> None:

@@ -77,8 +77,7 @@ def decathlon_datalist(
         raise ValueError(f"fold must be from 0 to {num_folds - 1} where num_folds={num_folds}, got {fold}.")
     if len(items) < num_folds:
         raise ValueError(
-            f"{dataset_dir} lists {len(items)} labelled cases, too few for num_folds={num_folds}: "
-            "lower num_folds, or use subset='all'."
+            f"{dataset_dir} lists {len(items)} labelled cases, too few for num_folds={num_folds}: lower num_folds."
         )
     folds = partition_dataset(range(len(items)), num_partitions=num_folds, shuffle=True, seed=seed)
     held_out = set(folds[fold])
@@ -245,6 +244,10 @@ def _load_items(dataset_dir: str | os.PathLike, key: str) -> list[dict]:
     missing = sorted(folder for folder in folders if not os.path.isdir(folder))
     if missing:
         raise FileNotFoundError(f"{path} names files in {', '.join(missing)}, which does not exist; {_LAYOUT}.")
+    images = [ensure_tuple(item["image"]) for item in items]
+    twice = next((image for image in images if images.count(image) > 1), None)
+    if twice:  # its copies would lie on both sides of a fold
+        raise ValueError(f"{path} lists {', '.join(twice)} more than once under {key!r}: list every case once.")
     return sorted(items, key=lambda item: [(os.path.basename(file), file) for file in ensure_tuple(item["image"])])
 
 

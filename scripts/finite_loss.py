@@ -36,6 +36,8 @@ class FiniteLoss:
         Raises:
             ValueError: When the loss of an iteration is NaN or infinite.
         """
+        if engine.scaler is not None:  # in fp16 the gradient scaler skips such a step
+            return
         loss = float(engine.state.output[0]["loss"])
         if not math.isfinite(loss):
             raise ValueError(

@@ -101,9 +101,9 @@ class ConvMambaMixedBlock(nn.Module):
 
 class GatedSpatialConvBlock(nn.Module):
     """
-    SegMamba's encoder block (arXiv:2401.13560): gated spatial convolution (GSC), two 3x3x3 convolutions multiplied
-    by a 1x1x1 convolution of the same input, a 1x1x1 convolution and the input added; then ``depth`` times ToM with
-    a residual. For the first row of SegResMamba's Table 4.
+    SegMamba's encoder block (arXiv:2401.13560) for the first row of SegResMamba's Table 4: gated spatial convolution
+    (GSC), two 3x3x3 convolutions gated, as the text has it, by the product with a 1x1x1 convolution of the same input,
+    then a 1x1x1 convolution and the input added; then ``depth`` times ToM with a residual.
 
     Args:
         channels: number of channels C.
@@ -193,13 +193,13 @@ class SegResMamba(nn.Module):
         spatial_dims: number of spatial axes; 3 only.
         in_channels: channels of the input (modalities).
         out_channels: channels of the output (classes).
-        channels: width of each level, at least two levels, each a multiple of 8 (GroupNorm of 8 groups).
+        channels: width of each level, at least two levels, each a multiple of 8 (the decoder's GroupNorm).
         depths: number of ToM layers that end each level.
-        stage_conv: a 3x3x3 convolution after each of them.
+        stage_conv: a 3x3x3 convolution after each of them (block ``"cmmb"`` only).
         use_tom: with ToM; False gives the ablation of Table 5.
         downsample_conv: the additional convolution before downsampling; False gives Table 4, Exp. 2.
         block: ``"cmmb"``, or ``"gsc"`` for SegMamba's encoder block; with ``downsample_conv=False`` Table 4, Exp. 1.
-        residual: add each ToM's input to its output (the paper does not say; off by evidence so far).
+        residual: add each ToM's input to its output. The paper does not say; always on in block ``"gsc"``.
         orders: scan orders of each ToM.
         d_state: size of the state of each channel.
         d_conv: taps of the causal convolution along each order.
@@ -250,8 +250,10 @@ class SegResMamba(nn.Module):
                 "channels must hold at least two levels, and each of them (and full_resolution_skip) be a positive "
                 f"multiple of 8, got channels={tuple(channels)}, full_resolution_skip={full_resolution_skip}."
             )
-        if len(depths) != len(channels):
-            raise ValueError(f"depths {tuple(depths)} and channels {tuple(channels)} must have the same length.")
+        if len(depths) != len(channels) or min(depths) < 0:
+            raise ValueError(
+                f"depths must hold a number from 0 for each of the levels {tuple(channels)}, got {tuple(depths)}."
+            )
         if block not in ("cmmb", "gsc"):
             raise ValueError(f"block must be 'cmmb' or 'gsc', got {block!r}.")
         self.in_channels = in_channels

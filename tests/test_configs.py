@@ -324,6 +324,58 @@ def test_missing_folder_is_one_clear_error(tmp_path, run_bundle):
     assert last.startswith("Error: ") and str(tmp_path / "nowhere") in last and "does not exist" in last
 
 
+def one_error(result: subprocess.CompletedProcess) -> str:
+    assert result.returncode != 0 and "Traceback" not in result.stderr, result.stderr[-2000:]
+    last = next(line for line in reversed(result.stderr.splitlines()) if line.startswith("Error: "))
+    return last + result.stderr.split(last)[-1]
+
+
+def test_malformed_dataset_json_is_one_clear_error(tmp_path, phantom_dir, run_bundle):
+    data = broken_copy(phantom_dir, tmp_path / "data", "none")
+    (data / "dataset.json").write_text("{oops")
+    error = one_error(run_bundle(["train"], dataset_dir=data))
+    assert str(data / "dataset.json") in error and "not valid JSON" in error
+
+
+@pytest.mark.parametrize("configs", [["inference"], ["train", "evaluate"]])
+def test_missing_weights_are_one_clear_error(configs, tmp_path, trained, run_bundle):
+    folds = {"num_folds": 3} if "evaluate" in configs else {}
+    error = one_error(run_bundle(configs, dataset_dir=trained.data, ckpt_dir=tmp_path, **folds))
+    assert f"no weights at {tmp_path}/model.pt" in error and "--checkpoint" in error
+
+
+def test_weights_of_another_network_are_one_clear_error(tmp_path, trained, run_bundle):
+    overrides = {**INFERENCE, "channels": [8, 24], "dataset_dir": trained.data, "ckpt_dir": trained.models}
+    error = one_error(run_bundle(["inference", "tasks/phantom.yaml"], **overrides, output_dir=tmp_path / "out"))
+    assert "model.pt holds the weights of another network" in error and "24" in error
+
+
+def test_damaged_image_stops_inference_before_it_starts(tmp_path, trained, run_bundle):
+    images = tmp_path / "images"
+    shutil.copytree(trained.data / "imagesTs", images)
+    (images / "zzz.nii.gz").write_text("this is no image")
+    overrides = {**INFERENCE, "dataset_dir": images, "ckpt_dir": trained.models, "num_classes": 5}
+    error = one_error(run_bundle(["inference", "tasks/phantom.yaml"], **overrides, output_dir=tmp_path / "out"))
+    assert "zzz.nii.gz" in error and "cannot be read" in error
+    assert not list(tmp_path.glob("out/*.nii.gz"))
+
+
+def test_a_short_training_leaves_weights_too(tmp_path, phantom_dir, workflow):
+    overrides = {**TINY, "max_epochs": 1, "val_interval": 5, "dataset_dir": str(phantom_dir)}
+    workflow(["train", "tasks/phantom.yaml"], **overrides, output_dir=str(tmp_path), ckpt_dir=str(tmp_path)).run()
+    assert (tmp_path / "model.pt").is_file()
+
+
+def test_a_loss_that_is_no_number_stops_the_training(tmp_path, phantom_dir, workflow):
+    overrides = {**TINY, "dataset_dir": str(phantom_dir), "output_dir": str(tmp_path), "ckpt_dir": str(tmp_path)}
+    flow = workflow(["train", "tasks/phantom.yaml"], **overrides)
+    with torch.no_grad():
+        flow.trainer.network.stem.weight.fill_(float("nan"))
+    with pytest.raises(Exception) as error:
+        flow.run()
+    assert "training loss is nan in epoch 1" in root_cause(error.value)
+
+
 def test_data_folders(tmp_path, phantom_dir):
     assert class_names(phantom_dir, ["a", "b"]) == list(PHANTOM_CLASSES[:5])
     assert class_names(phantom_dir / "imagesTs", ["a", "b"]) == list(PHANTOM_CLASSES[:5])

@@ -389,3 +389,10 @@ def test_openms_has_four_channels():
     items = decathlon_datalist(OPENMS, "all")
     assert [len(item["image"]) for item in items] == [4, 4] and dataset_channels(OPENMS) == 4
     check_dataset(items[:1], num_classes=len(dataset_classes(OPENMS)), num_channels=4, progress=False)
+
+
+def test_a_case_listed_twice_is_refused(dataset):
+    training = json.loads((dataset / "dataset.json").read_text())["training"]
+    rewrite_json(dataset, training=[*training, training[2]])
+    with pytest.raises(ValueError, match="case2.*more than once"):
+        decathlon_datalist(dataset, "training", num_folds=3)

@@ -88,6 +88,18 @@ def test_worse_validation_after_resumption_keeps_the_best(settings, workflow, tm
     assert resumed.evaluator.state.best_metric_epoch == 1
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("learning_rate", 0.5), ("patch_size", [16, 16, 16]), ("channels", [8, 24])]
+)
+def test_resume_with_other_settings_is_an_error(key, value, settings, workflow, tmp_path):
+    places = {"ckpt_dir": str(tmp_path), "output_dir": str(tmp_path)}
+    losses(workflow(["train", "tasks/phantom.yaml"], **settings, **places), stop_after=1)
+    flow = workflow(["train", "tasks/phantom.yaml"], **{**settings, **places, "resume": True, key: value})
+    with pytest.raises(RuntimeError) as error:
+        flow.run()
+    assert isinstance(error.value.__cause__, ValueError) and key in str(error.value.__cause__)
+
+
 def test_resume_without_checkpoint_is_an_error(settings, workflow, tmp_path):
     flow = workflow(
         ["train", "tasks/phantom.yaml"],

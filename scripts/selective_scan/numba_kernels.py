@@ -10,7 +10,7 @@
 # limitations under the License.
 """
 The loops of the ``numba`` engine, on explicit SIMD lanes: LLVM's vectors of 16 floats, which it maps to whatever the
-processor has (AVX-512, AVX2, NEON). Left to the loop vectoriser, the same loops ran two to three times slower.
+processor has (AVX-512, AVX2, NEON): the loop vectoriser would guard each of these short loops with alias checks.
 
 Names: R rows (order x batch), L tokens, d channels, g groups of B and C, n states, K orders, W channels of a block,
 ``TOKENS`` tokens of a chunk. Arrays are C-contiguous float32; ``index`` (K, L), int32, is the token at each step of an

@@ -24,7 +24,7 @@ SCAN_ORDERS = {"forward": "dhw", "reverse": "-dhw", "inter_slice": "hwd"}
 
 def order_index(order: str, spatial_shape: Sequence[int], device: torch.device) -> torch.Tensor | None:
     """
-    The scan order of a volume as an index over its raster sequence (architecture: forward, reverse and inter-slice of
+    The scan order of a volume as an index over its raster sequence (forward, reverse and inter-slice of
     SegResMamba section 2.1; the axis permutations of Taming Mambas, Fig. 1b).
 
     Args:
