@@ -35,6 +35,7 @@ TINY = {
     "spacing": [5.0, 5.0, 5.0],
     "device": "cpu",
     "num_folds": 3,
+    "batch_size": 2,
     "max_epochs": 2,
     "val_interval": 1,
     "sw_overlap": 0.25,
@@ -105,7 +106,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, phantom_dir: Path, run_bun
     ):
         overrides = {**common, **own, "output_dir": folder / name}
         if name == "inference":
-            for key in ("num_folds", "max_epochs", "val_interval", "check_data"):
+            for key in ("num_folds", "batch_size", "max_epochs", "val_interval", "check_data"):
                 overrides.pop(key)
         runs[name] = run_bundle([*configs, "tasks/phantom.yaml"], **overrides)
         assert runs[name].returncode == 0, runs[name].stdout[-3000:] + runs[name].stderr[-3000:]

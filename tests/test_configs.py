@@ -250,7 +250,16 @@ def test_metadata():
 )
 def test_overlays_change_what_is_there(overlay):
     """An overlay's keys are those of train.json, save for the few that it adds, so that none is a slip of the pen."""
-    added = {"checkpoint", "dataset", "evaluator", "inferer", "handlers", "first_rank_handlers", "finalize"}
+    added = {
+        "checkpoint",
+        "weights_check",
+        "dataset",
+        "evaluator",
+        "inferer",
+        "handlers",
+        "first_rank_handlers",
+        "finalize",
+    }
     added |= {f"{part}#{key}" for part in ("train", "validate") for key in ("sampler", "dataloader#sampler")}
     added |= {"train#trainer#train_handlers", "validate#evaluator#val_handlers"}
     base = ConfigParser(ConfigParser.load_config_file(CONFIGS / "train.json"))
@@ -262,7 +271,7 @@ def test_shared_keys_agree():
     """What train.json and inference.json both say is the same, where it belongs to network and preprocessing."""
     train = ConfigParser.load_config_file(CONFIGS / "train.json")
     inference = ConfigParser.load_config_file(CONFIGS / "inference.json")
-    own = {"imports", "num_workers", "precision", "sw_overlap", "sw_batch_size", "initialize", "run"}
+    own = {"imports", "data_check", "num_workers", "precision", "sw_overlap", "sw_batch_size", "initialize", "run"}
     for key in set(train) & set(inference) - own:
         assert train[key] == inference[key], key
 

@@ -329,7 +329,7 @@ class TestErrors:
             ({"channels": (8, 0)}, "multiple of 8"),
             ({"channels": (8, -8)}, "multiple of 8"),
             ({"full_resolution_skip": 5}, "full_resolution_skip"),
-            ({"depths": (1, 1, 1)}, "same length"),
+            ({"depths": (1, 1, 1)}, "for each of the levels"),
             ({"block": "unet"}, "'cmmb' or 'gsc', got 'unet'"),
             ({"orders": ()}, "at least one scan order"),
         ],
