@@ -152,7 +152,7 @@ def _run(module: Callable[..., torch.Tensor], x: torch.Tensor, *others: torch.Te
     """
     A part of the network, in float32 where the volume is small and autocast on the CPU is on: there oneDNN's bfloat16
     weight gradient is wrong, up to corrupted memory, for a kernel about as large as its volume (seen with torch 2.13
-    and AVX512_BF16). On volumes this small float32 costs nothing.
+    and AVX512_BF16). Volumes this small are a small part of the work.
     """
     if x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and min(x.shape[2:]) <= 8:
         with torch.autocast("cpu", enabled=False):
@@ -205,8 +205,8 @@ class SegResMamba(nn.Module):
         d_conv: taps of the causal convolution along each order.
         expand: inner width of ToM over the level's channels.
         full_resolution_skip: channels of a path at the input's own resolution that is added to the decoder's output
-            and takes the place of the transposed convolution in the head; 0 (the paper's network) for none. Helps
-            small structures.
+            and takes the place of the transposed convolution in the head; 0 (the paper's network) for none. Meant
+            for small structures.
         scan_engine: name of a scan engine or ``"auto"``, see :py:func:`scripts.selective_scan.selective_scan`.
         use_checkpoint: activation checkpointing of the mixed blocks: less training memory, more time.
 
