@@ -65,30 +65,52 @@ class _LanesModel(models.PrimitiveModel):
         super().__init__(manager, fe_type, _VECTOR)
 
 
-def _address(context, builder, array_type, array, offset):
-    data = context.make_array(array_type)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [offset]), _VECTOR.as_pointer())
+@intrinsic
+def _pointer(typingctx, array):
+    """
+    Where an array's elements lie. The loops work on pointers alone, since numba counts the references to an array
+    atomically around each function that is given it, inlined or not, which took longer than the arithmetic.
+    """
+
+    def codegen(context, builder, sig, args):
+        return context.make_array(sig.args[0])(context, builder, args[0]).data
+
+    return types.CPointer(array.dtype)(array), codegen
 
 
 @intrinsic
-def _load(typingctx, array, offset):
-    """16 values of a float32 array from an element's flat offset on."""
+def _behind(typingctx, pointer, offset):
+    """The pointer ``offset`` elements further on."""
 
     def codegen(context, builder, sig, args):
-        return builder.load(_address(context, builder, sig.args[0], *args), align=4)
+        return builder.gep(args[0], [args[1]])
 
-    return _lanes(array, types.int64), codegen
+    return pointer(pointer, types.int64), codegen
+
+
+def _address(builder, pointer, offset):
+    return builder.bitcast(builder.gep(pointer, [offset]), _VECTOR.as_pointer())
 
 
 @intrinsic
-def _store(typingctx, array, offset, value):
-    """Write 16 values to a float32 array from an element's flat offset on."""
+def _load(typingctx, pointer, offset):
+    """16 float32 values from an offset on."""
 
     def codegen(context, builder, sig, args):
-        builder.store(args[2], _address(context, builder, sig.args[0], *args[:2]), align=4)
+        return builder.load(_address(builder, *args), align=4)
+
+    return _lanes(pointer, types.int64), codegen
+
+
+@intrinsic
+def _store(typingctx, pointer, offset, value):
+    """Write 16 float32 values from an offset on."""
+
+    def codegen(context, builder, sig, args):
+        builder.store(args[2], _address(builder, *args[:2]), align=4)
         return context.get_dummy_value()
 
-    return types.void(array, types.int64, _lanes), codegen
+    return types.void(pointer, types.int64, _lanes), codegen
 
 
 @intrinsic
@@ -144,12 +166,12 @@ def _scale(typingctx, value, exponents):
 
 
 @intrinsic
-def _sum_rows(typingctx, array, offset):
-    """Lane i is the sum of row i of 16 rows of 16 values from an element's flat offset on: a tree of shuffles."""
+def _sum_rows(typingctx, pointer, offset):
+    """Lane i is the sum of row i of 16 rows of 16 values from an offset on: a tree of shuffles."""
 
     def codegen(context, builder, sig, args):
-        pointer = _address(context, builder, sig.args[0], *args)
-        rows = [builder.load(builder.gep(pointer, [ir.Constant(ir.IntType(32), i)]), align=4) for i in range(LANES)]
+        start = _address(builder, *args)
+        rows = [builder.load(builder.gep(start, [ir.Constant(ir.IntType(32), i)]), align=4) for i in range(LANES)]
         half = LANES // 2
         while half:
             low = [2 * half * q + i + side for q in range(8 // half) for side in (0, LANES) for i in range(half)]
@@ -161,7 +183,7 @@ def _sum_rows(typingctx, array, offset):
             half //= 2
         return rows[0]
 
-    return _lanes(array, types.int64), codegen
+    return _lanes(pointer, types.int64), codegen
 
 
 def _overload(symbol, operation):
@@ -222,50 +244,40 @@ def _softplus(x):
 
 
 @_inline
-def _gather(source, at, w, target, row):
-    """Copy ``w`` channels from a flat offset to the row of a block; lanes beyond stay."""
-    W = target.shape[1]
+def _copy(source, at, target, to, W, w):
+    """Copy ``w`` of a block's W channels."""
     if w == W:
         for j in range(0, W, LANES):
-            _store(target, row * W + j, _load(source, at + j))
+            _store(target, to + j, _load(source, at + j))
     else:
-        flat = source.ravel()
         for j in range(w):
-            target[row, j] = flat[at + j]
+            target[to + j] = source[at + j]
 
 
 @_inline
-def _scatter(source, row, w, target, at):
-    """Copy ``w`` channels from the row of a block to a flat offset."""
-    W = source.shape[1]
-    if w == W:
-        for j in range(0, W, LANES):
-            _store(target, at + j, _load(source, row * W + j))
-    else:
-        flat = target.ravel()
-        for j in range(w):
-            flat[at + j] = source[row, j]
+def _copy_states(source, at, target, to, n):
+    """Copy what a token has for each of n states."""
+    for s in range(n // LANES * LANES, n):
+        target[to + s] = source[at + s]
+    for s in range(0, n - LANES + 1, LANES):
+        _store(target, to + s, _load(source, at + s))
 
 
 @_inline
-def _gather_delta(r, t, group, ch, w, rank, L, d, delta, B, raw, low, i):
-    """Fetch what a token's step sizes are made from: themselves, or the low-rank form that lies before B."""
-    if rank:
-        for s in range(rank):
-            low[i, s] = B[r, t, group, s]
-    else:
-        _gather(delta, (r * L + t) * d + ch, w, raw, i)
+def _clear(pointer, count):
+    for i in range(0, count, LANES):
+        _store(pointer, i, _splat(f32(0.0)))
 
 
 @_inline
-def _raw_delta(i, j, W, rank, dt_weight, bias, raw, low):
+def _raw_delta(at, j, W, rank, dt_weight, bias, raw, low):
     """16 step sizes of a token before softplus."""
     x = _load(bias, j)
     if rank:
         for s in range(rank):
-            x = x + _splat(low[i, s]) * _load(dt_weight, s * W + j)
+            x = x + _splat(low[s]) * _load(dt_weight, s * W + j)
         return x
-    return x + _load(raw, i * W + j)
+    return x + _load(raw, at)
 
 
 @cache
@@ -285,43 +297,62 @@ def scan_forward(W: int, decaying: bool):
         blocks = (width + W - 1) // W
         rank = dt_weight.shape[1]
         chunks = states.shape[1]
-        a2, h, dtw = np.zeros((n, W), f32), np.empty((n, W), f32), np.zeros((rank, W), f32)
-        bias_, skip = np.zeros((1, W), f32), np.zeros((1, W), f32)
-        ub, db, yb = np.zeros((T, W), f32), np.zeros((T, W), f32), np.empty((T, W), f32)
-        Bb, Cb, low = np.empty((T, rows), f32), np.empty((T, rows), f32), np.empty((T, rank), f32)
+        columns_b, columns_c = B.shape[3], C.shape[3]
+        u, delta, dt_weight, bias, A2, D = (
+            _pointer(u), _pointer(delta), _pointer(dt_weight), _pointer(bias), _pointer(A2), _pointer(D)
+        )  # fmt: skip
+        B, C, index, y, states, ends = (
+            _pointer(B), _pointer(C), _pointer(index), _pointer(y), _pointer(states), _pointer(ends)
+        )  # fmt: skip
+        memory = np.empty((2 * n + rank + 2 + 3 * T) * W + T * (2 * rows + rank) + LANES, f32)
+        a2 = _behind(_pointer(memory), -memory.ctypes.data // 4 % LANES)  # whole cache lines
+        h = _behind(a2, n * W)
+        dtw = _behind(h, n * W)
+        bias_ = _behind(dtw, rank * W)
+        skip = _behind(bias_, W)
+        ub = _behind(skip, W)
+        db = _behind(ub, T * W)
+        yb = _behind(db, T * W)
+        Bb = _behind(yb, T * W)
+        Cb = _behind(Bb, T * rows)
+        low = _behind(Cb, T * rows)
         for task in range(first, last):
             r, group = task // (groups * blocks), task // blocks % groups
             ch = group * width + task % blocks * W
             w = min(W, (group + 1) * width - ch)
             k = r // batch
-            ub[:] = 0  # lanes beyond the last channel stay zero
-            db[:] = 0
-            _gather(bias, k * d + ch, w, bias_, 0)
-            _gather(D, k * d + ch, w, skip, 0)
+            _clear(a2, (2 * n + rank + 2 + 2 * T) * W)  # lanes beyond the last channel stay zero
+            _copy(bias, k * d + ch, bias_, 0, W, w)
+            _copy(D, k * d + ch, skip, 0, W, w)
             for s in range(n):
-                _gather(A2, (k * n + s) * d + ch, w, a2, s)
+                _copy(A2, (k * n + s) * d + ch, a2, s * W, W, w)
             for s in range(rank):
-                _gather(dt_weight, (k * rank + s) * d + ch, w, dtw, s)
-            h[:] = 0
+                _copy(dt_weight, (k * rank + s) * d + ch, dtw, s * W, W, w)
             for p in range(0, L, T):
                 tokens = min(T, L - p)
                 if chunks:
                     for s in range(n):
-                        _scatter(h, s, w, states, ((r * chunks + p // T) * n + s) * d + ch)
+                        _copy(h, s * W, states, ((r * chunks + p // T) * n + s) * d + ch, W, w)
                 for i in range(tokens):
-                    t = index[k, p + i]
-                    _gather(B, ((r * L + t) * groups + group) * B.shape[3] + b0, n, Bb, i)
-                    _gather(C, ((r * L + t) * groups + group) * C.shape[3] + c0, n, Cb, i)
-                    _gather(u, (r * L + t) * d + ch, w, ub, i)
-                    _gather_delta(r, t, group, ch, w, rank, L, d, delta, B, db, low, i)
+                    t = r * L + index[k * L + p + i]
+                    b, c = (t * groups + group) * columns_b, (t * groups + group) * columns_c
+                    _copy_states(B, b + b0, Bb, i * rows, n)
+                    _copy_states(C, c + c0, Cb, i * rows, n)
+                    _copy(u, t * d + ch, ub, i * W, W, w)
+                    if rank:
+                        for s in range(rank):
+                            low[i * rank + s] = B[b + s]
+                    else:
+                        _copy(delta, t * d + ch, db, i * W, W, w)
                 for i in range(tokens):
                     for j in range(0, W, LANES):
-                        dl, ul = _raw_delta(i, j, W, rank, dtw, bias_, db, low), _load(ub, i * W + j)
-                        if softplus:
+                        at = i * W + j
+                        dl, ul = _raw_delta(at, j, W, rank, dtw, bias_, db, _behind(low, i * rank)), _load(ub, at)
+                        if decaying or softplus:
                             dl = _softplus(dl)
-                        _store(db, i * W + j, dl)
-                        _store(yb, i * W + j, _load(skip, j) * ul)
-                        _store(ub, i * W + j, dl * ul)
+                        _store(db, at, dl)
+                        _store(yb, at, _load(skip, j) * ul)
+                        _store(ub, at, dl * ul)
                 for i in range(tokens):
                     for j in range(0, W, LANES):
                         at = i * W + j
@@ -330,15 +361,16 @@ def scan_forward(W: int, decaying: bool):
                             at = s * W + j
                             x = dl * _load(a2, at)
                             x = _exp2_of_negative(x) if decaying else _exp2(x)
-                            x = x * _load(h, at) + ul * _splat(Bb[i, s])
+                            x = x * _load(h, at) + ul * _splat(Bb[i * rows + s])
                             _store(h, at, x)
-                            acc = acc + x * _splat(Cb[i, s])
+                            acc = acc + x * _splat(Cb[i * rows + s])
                         _store(yb, i * W + j, acc)
                 for i in range(tokens):
-                    _scatter(yb, i, w, y, (r * L + index[k, p + i]) * d + ch)
+                    _copy(yb, i * W, y, (r * L + index[k * L + p + i]) * d + ch, W, w)
             for s in range(n):
                 for j in range(w):
-                    ends[r, ch + j, s] = h[s, j]
+                    ends[(r * d + ch + j) * n + s] = h[s * W + j]
+        memory[0] = 0  # numba frees an array after its last use: this one
 
     return kernel
 
@@ -361,52 +393,84 @@ def scan_backward(W: int, decaying: bool):
         blocks = (width + W - 1) // W
         rank = dt_weight.shape[1]
         chunks = states.shape[1]
+        columns_b, columns_c = B.shape[3], C.shape[3]
         shared_dy = dy.shape[0] == batch  # the orders of a mixer share their output's gradient
-        a2, carry, dAb = np.zeros((n, W), f32), np.empty((n, W), f32), np.empty((n, W), f32)
-        hs, decays = np.zeros(((T + 1) * n, W), f32), np.empty((T * n, W), f32)
-        dtw, ddtw = np.zeros((rank, W), f32), np.empty((rank, W), f32)
-        low, dlow = np.empty((T, rank), f32), np.empty((rank, T), f32)
-        bias_, skip = np.zeros((1, W), f32), np.zeros((1, W), f32)
-        dDb, dbiasb = np.empty((1, W), f32), np.empty((1, W), f32)
-        ub, db, raw, dyb = np.zeros((T, W), f32), np.zeros((T, W), f32), np.zeros((T, W), f32), np.zeros((T, W), f32)
-        gu, ga = np.zeros((T, W), f32), np.zeros((T, W), f32)
-        Bb, Cb = np.empty((T, rows), f32), np.empty((T, rows), f32)
-        dBb, dCb = np.empty((T, rows), f32), np.empty((T, rows), f32)
-        sums_b, sums_c = np.zeros((rows, LANES), f32), np.zeros((rows, LANES), f32)
+        u, delta, dt_weight, bias, A2, D = (
+            _pointer(u), _pointer(delta), _pointer(dt_weight), _pointer(bias), _pointer(A2), _pointer(D)
+        )  # fmt: skip
+        B, C, index, states, dy, du = (
+            _pointer(B), _pointer(C), _pointer(index), _pointer(states), _pointer(dy), _pointer(du)
+        )  # fmt: skip
+        ddelta, ddt_weight, dB, dC = _pointer(ddelta), _pointer(ddt_weight), _pointer(dB), _pointer(dC)
+        dA, dD, dbias = _pointer(dA), _pointer(dD), _pointer(dbias)
+        size = (3 * n + 2 * rank + 4 + 6 * T + (2 * T + 1) * n) * W + T * (4 * rows + 2 * rank) + 2 * rows * LANES
+        memory = np.empty(size + LANES, f32)
+        a2 = _behind(_pointer(memory), -memory.ctypes.data // 4 % LANES)  # whole cache lines
+        carry = _behind(a2, n * W)
+        dAb = _behind(carry, n * W)
+        dtw = _behind(dAb, n * W)
+        ddtw = _behind(dtw, rank * W)
+        bias_ = _behind(ddtw, rank * W)
+        skip = _behind(bias_, W)
+        dDb = _behind(skip, W)
+        dbiasb = _behind(dDb, W)
+        ub = _behind(dbiasb, W)
+        db = _behind(ub, T * W)
+        raw = _behind(db, T * W)
+        dyb = _behind(raw, T * W)
+        gu = _behind(dyb, T * W)
+        ga = _behind(gu, T * W)
+        hs = _behind(ga, T * W)
+        decays = _behind(hs, (T + 1) * n * W)
+        Bb = _behind(decays, T * n * W)
+        Cb = _behind(Bb, T * rows)
+        dBb = _behind(Cb, T * rows)
+        dCb = _behind(dBb, T * rows)
+        sums_b = _behind(dCb, T * rows)
+        sums_c = _behind(sums_b, rows * LANES)
+        low = _behind(sums_c, rows * LANES)
+        dlow = _behind(low, T * rank)
         zero, ln2 = _splat(f32(0.0)), _splat(LN2)
+        _clear(a2, size)
         for task in range(first, last):
             r, group, block = task // (groups * blocks), task // blocks % groups, task % blocks
             ch = group * width + block * W
             w = min(W, (group + 1) * width - ch)
             k = r // batch
             ry = r % batch if shared_dy else r
-            ub[:], db[:], raw[:], dyb[:] = 0, 0, 0, 0  # lanes beyond the last channel stay zero
-            carry[:], dAb[:], dDb[:], dbiasb[:], ddtw[:] = 0, 0, 0, 0, 0
-            _gather(bias, k * d + ch, w, bias_, 0)
-            _gather(D, k * d + ch, w, skip, 0)
+            _clear(a2, (3 * n + 2 * rank + 4 + 4 * T) * W)  # lanes beyond the last channel stay zero
+            _copy(bias, k * d + ch, bias_, 0, W, w)
+            _copy(D, k * d + ch, skip, 0, W, w)
             for s in range(n):
-                _gather(A2, (k * n + s) * d + ch, w, a2, s)
+                _copy(A2, (k * n + s) * d + ch, a2, s * W, W, w)
             for s in range(rank):
-                _gather(dt_weight, (k * rank + s) * d + ch, w, dtw, s)
+                _copy(dt_weight, (k * rank + s) * d + ch, dtw, s * W, W, w)
             for chunk in range(chunks - 1, -1, -1):
                 p = chunk * T
                 tokens = min(T, L - p)
                 for i in range(tokens):
-                    t = index[k, p + i]
-                    _gather(B, ((r * L + t) * groups + group) * B.shape[3] + b0, n, Bb, i)
-                    _gather(C, ((r * L + t) * groups + group) * C.shape[3] + c0, n, Cb, i)
-                    _gather(u, (r * L + t) * d + ch, w, ub, i)
-                    _gather(dy, (ry * L + t) * d + ch, w, dyb, i)
-                    _gather_delta(r, t, group, ch, w, rank, L, d, delta, B, raw, low, i)
+                    step = index[k * L + p + i]
+                    t = r * L + step
+                    b, c = (t * groups + group) * columns_b, (t * groups + group) * columns_c
+                    _copy_states(B, b + b0, Bb, i * rows, n)
+                    _copy_states(C, c + c0, Cb, i * rows, n)
+                    _copy(u, t * d + ch, ub, i * W, W, w)
+                    _copy(dy, (ry * L + step) * d + ch, dyb, i * W, W, w)
+                    if rank:
+                        for s in range(rank):
+                            low[i * rank + s] = B[b + s]
+                    else:
+                        _copy(delta, t * d + ch, raw, i * W, W, w)
                 for i in range(tokens):
                     for j in range(0, W, LANES):
-                        dl = _raw_delta(i, j, W, rank, dtw, bias_, raw, low)
-                        _store(raw, i * W + j, dl)
-                        if softplus:
+                        at = i * W + j
+                        dl = _raw_delta(at, j, W, rank, dtw, bias_, raw, _behind(low, i * rank))
+                        _store(raw, at, dl)
+                        if decaying or softplus:
                             dl = _softplus(dl)
-                        _store(db, i * W + j, dl)
+                        _store(db, at, dl)
                 for s in range(n):
-                    _gather(states, ((r * chunks + chunk) * n + s) * d + ch, w, hs, s)
+                    _copy(states, ((r * chunks + chunk) * n + s) * d + ch, hs, s * W, W, w)
                 for i in range(tokens):
                     for j in range(0, W, LANES):
                         dl = _load(db, i * W + j)
@@ -416,7 +480,7 @@ def scan_backward(W: int, decaying: bool):
                             decay = dl * _load(a2, s * W + j)
                             decay = _exp2_of_negative(decay) if decaying else _exp2(decay)
                             _store(decays, at, decay)
-                            _store(hs, at + n * W, decay * _load(hs, at) + dul * _splat(Bb[i, s]))
+                            _store(hs, at + n * W, decay * _load(hs, at) + dul * _splat(Bb[i * rows + s]))
                 for i in range(tokens - 1, -1, -1):
                     for j in range(0, W, PAIR):
                         at, at2 = i * W + j, i * W + j + LANES
@@ -425,17 +489,17 @@ def scan_backward(W: int, decaying: bool):
                         dul, dul2 = dl * ul, dl2 * ul2
                         gB, gA, gB2, gA2 = zero, zero, zero, zero
                         for s in range(n):
-                            b, c = _splat(Bb[i, s]), _splat(Cb[i, s])
+                            b_, c_ = _splat(Bb[i * rows + s]), _splat(Cb[i * rows + s])
                             at, at2 = s * W + j, s * W + j + LANES
                             hat, hat2 = i * n * W + at, i * n * W + at2
-                            dh, dh2 = _load(carry, at) + dyl * c, _load(carry, at2) + dyl2 * c
+                            dh, dh2 = _load(carry, at) + dyl * c_, _load(carry, at2) + dyl2 * c_
                             sum_c = dyl * _load(hs, hat + n * W) + dyl2 * _load(hs, hat2 + n * W)
                             sum_b = dh * dul + dh2 * dul2
                             if j:
                                 sum_b, sum_c = sum_b + _load(sums_b, s * LANES), sum_c + _load(sums_c, s * LANES)
                             _store(sums_b, s * LANES, sum_b)
                             _store(sums_c, s * LANES, sum_c)
-                            gB, gB2 = gB + dh * b, gB2 + dh2 * b
+                            gB, gB2 = gB + dh * b_, gB2 + dh2 * b_
                             x, x2 = _load(decays, hat) * dh, _load(decays, hat2) * dh2
                             _store(carry, at, x)
                             _store(carry, at2, x2)
@@ -453,14 +517,15 @@ def scan_backward(W: int, decaying: bool):
                         _store(dCb, i * rows + s, _sum_rows(sums_c, s * LANES))
                 for i in range(tokens):
                     for j in range(0, W, LANES):
-                        x = _load(ga, i * W + j)
-                        if softplus:
-                            x = x * _sigmoid(_load(raw, i * W + j))
-                            _store(ga, i * W + j, x)
+                        at = i * W + j
+                        x = _load(ga, at)
+                        if decaying or softplus:
+                            x = x * _sigmoid(_load(raw, at))
+                            _store(ga, at, x)
                         _store(dbiasb, j, _load(dbiasb, j) + x)
-                        _store(dDb, j, _load(dDb, j) + _load(dyb, i * W + j) * _load(ub, i * W + j))
+                        _store(dDb, j, _load(dDb, j) + _load(dyb, at) * _load(ub, at))
                         for s in range(rank):
-                            _store(ddtw, s * W + j, _load(ddtw, s * W + j) + x * _splat(low[i, s]))
+                            _store(ddtw, s * W + j, _load(ddtw, s * W + j) + x * _splat(low[i * rank + s]))
                 for s in range(rank):
                     for first_token in range(0, tokens, LANES):
                         for i in range(LANES):
@@ -470,44 +535,42 @@ def scan_backward(W: int, decaying: bool):
                             _store(sums_b, i * LANES, x)
                         _store(dlow, s * T + first_token, _sum_rows(sums_b, 0))
                 for i in range(tokens):
-                    t = index[k, p + i]
-                    at = ((block * R + r) * L + t) * groups + group
-                    _scatter(dBb, i, n, dB, at * B.shape[3] + b0)
-                    _scatter(dCb, i, n, dC, at * C.shape[3] + c0)
-                    _scatter(gu, i, w, du, (r * L + t) * d + ch)
+                    t = r * L + index[k * L + p + i]
+                    at = (block * R * L + t) * groups + group
+                    _copy_states(dBb, i * rows, dB, at * columns_b + b0, n)
+                    _copy_states(dCb, i * rows, dC, at * columns_c + c0, n)
+                    _copy(gu, i * W, du, t * d + ch, W, w)
                     if rank:
                         for s in range(rank):
-                            dB[block, r, t, group, s] = dlow[s, i]
+                            dB[at * columns_b + s] = dlow[s * T + i]
                     else:
-                        _scatter(ga, i, w, ddelta, (r * L + t) * d + ch)
+                        _copy(ga, i * W, ddelta, t * d + ch, W, w)
             for s in range(rank):
-                _scatter(ddtw, s, w, ddt_weight, (r * rank + s) * d + ch)
-            _scatter(dDb, 0, w, dD, r * d + ch)
-            _scatter(dbiasb, 0, w, dbias, r * d + ch)
+                _copy(ddtw, s * W, ddt_weight, (r * rank + s) * d + ch, W, w)
+            _copy(dDb, 0, dD, r * d + ch, W, w)
+            _copy(dbiasb, 0, dbias, r * d + ch, W, w)
             for s in range(n):
-                _scatter(dAb, s, w, dA, (r * n + s) * d + ch)
+                _copy(dAb, s * W, dA, (r * n + s) * d + ch, W, w)
+        memory[0] = 0  # numba frees an array after its last use: this one
 
     return kernel
 
 
 @_inline
-def _sources(k, t, taps, index, inverse, sources):
-    """The tokens under the taps of a token, itself first; returns how many the order has."""
-    step = inverse[k, t]
+def _sources(step, taps, index, sources):
+    """The tokens under the taps at a step of an order, its own first; returns how many the order has."""
     count = min(taps, step + 1)
     for back in range(count):
-        sources[back] = index[k, step - back]
+        sources[back] = index[step - back]
     return count
 
 
 @_inline
-def _convolve(b, j, count, sources, xz, k, weight, bias):
+def _convolve(j, count, sources, xz, weight, bias, taps, d):
     """16 channels of the causal convolution at one token, before SiLU."""
-    L = xz.shape[1]
-    taps, d = weight.shape[1:]
-    x = _load(bias, k * d + j)
+    x = _load(bias, j)
     for back in range(count):
-        x = x + _load(weight, (k * taps + taps - 1 - back) * d + j) * _load(xz, (b * L + sources[back]) * 2 * d + j)
+        x = x + _load(weight, (taps - 1 - back) * d + j) * _load(xz, sources[back] * 2 * d + j)
     return x
 
 
@@ -519,14 +582,18 @@ def conv_forward(first, last, xz, weight, bias, index, inverse, u):
     """
     batch, L = xz.shape[:2]
     K, taps, d = weight.shape
-    sources = np.empty(taps, np.int64)
+    memory = np.empty(taps, np.int64)
+    xz, weight, bias, index = _pointer(xz), _pointer(weight), _pointer(bias), _pointer(index)
+    inverse, u, sources = _pointer(inverse), _pointer(u), _pointer(memory)
     for task in range(first, last):
         b, t = task // L, task % L
         for k in range(K):
-            count = _sources(k, t, taps, index, inverse, sources)
+            count = _sources(inverse[k * L + t], taps, _behind(index, k * L), sources)
+            volume, weight_, bias_ = _behind(xz, b * L * 2 * d), _behind(weight, k * taps * d), _behind(bias, k * d)
             for j in range(0, d, LANES):
-                x = _convolve(b, j, count, sources, xz, k, weight, bias)
+                x = _convolve(j, count, sources, volume, weight_, bias_, taps, d)
                 _store(u, ((k * batch + b) * L + t) * d + j, x * _sigmoid(x))
+    memory[0] = 0  # its last use
 
 
 @_jit
@@ -537,15 +604,19 @@ def conv_backward_pre(first, last, part, xz, weight, bias, index, inverse, du, d
     """
     batch, L = xz.shape[:2]
     K, taps, d = weight.shape
-    sources = np.empty(taps, np.int64)
+    memory = np.empty(taps, np.int64)
+    xz, weight, bias, index = _pointer(xz), _pointer(weight), _pointer(bias), _pointer(index)
+    inverse, du, dweight, dbias = _pointer(inverse), _pointer(du), _pointer(dweight), _pointer(dbias)
+    sources = _pointer(memory)
     one = _splat(f32(1.0))
     for task in range(first, last):
         b, t = task // L, task % L
         for k in range(K):
-            count = _sources(k, t, taps, index, inverse, sources)
+            count = _sources(inverse[k * L + t], taps, _behind(index, k * L), sources)
+            volume, weight_, bias_ = _behind(xz, b * L * 2 * d), _behind(weight, k * taps * d), _behind(bias, k * d)
             for j in range(0, d, LANES):
                 at = ((k * batch + b) * L + t) * d + j
-                x = _convolve(b, j, count, sources, xz, k, weight, bias)
+                x = _convolve(j, count, sources, volume, weight_, bias_, taps, d)
                 s = _sigmoid(x)
                 x = _load(du, at) * s * (one + x * (one - s))
                 _store(du, at, x)
@@ -553,7 +624,8 @@ def conv_backward_pre(first, last, part, xz, weight, bias, index, inverse, du, d
                 _store(dbias, at, _load(dbias, at) + x)
                 for back in range(count):
                     at = ((part * K + k) * taps + taps - 1 - back) * d + j
-                    _store(dweight, at, _load(dweight, at) + x * _load(xz, (b * L + sources[back]) * 2 * d + j))
+                    _store(dweight, at, _load(dweight, at) + x * _load(volume, sources[back] * 2 * d + j))
+    memory[0] = 0  # its last use
 
 
 @_jit
@@ -561,15 +633,18 @@ def conv_backward_input(first, last, weight, index, inverse, dpre, dxz):
     """Second half: dpre (K, batch, L, d) to the first d channels of dxz (batch, L, 2 d). A task is a token."""
     batch, L = dxz.shape[:2]
     K, taps, d = weight.shape
+    weight, index, inverse, dpre, dxz = (
+        _pointer(weight), _pointer(index), _pointer(inverse), _pointer(dpre), _pointer(dxz)
+    )  # fmt: skip
     zero = _splat(f32(0.0))
     for task in range(first, last):
         b, t = task // L, task % L
         for j in range(0, d, LANES):
             x = zero
             for k in range(K):
-                step = inverse[k, t]
+                step = inverse[k * L + t]
                 for ahead in range(min(taps, L - step)):
-                    at = ((k * batch + b) * L + index[k, step + ahead]) * d + j
+                    at = ((k * batch + b) * L + index[k * L + step + ahead]) * d + j
                     x = x + _load(weight, (k * taps + taps - 1 - ahead) * d + j) * _load(dpre, at)
             _store(dxz, (b * L + t) * 2 * d + j, x)
 
@@ -582,12 +657,14 @@ def gate_forward(first, last, xz, y, out, keep):
     """
     batch, L, d = out.shape
     K = y.shape[0]
+    keeping = keep.shape[0] > 0
+    xz, y, out, keep = _pointer(xz), _pointer(y), _pointer(out), _pointer(keep)
     for token in range(first, last):
         for j in range(0, d, LANES):
             x = _load(y, token * d + j)
             for k in range(1, K):
                 x = x + _load(y, (k * batch * L + token) * d + j)
-            if keep.shape[0]:
+            if keeping:
                 _store(keep, token * d + j, x)
             z = _load(xz, (token * 2 + 1) * d + j)
             _store(out, token * d + j, x * z * _sigmoid(z))
@@ -597,6 +674,7 @@ def gate_forward(first, last, xz, y, out, keep):
 def gate_backward(first, last, xz, kept, dout, dy, dxz):
     """The gate's backward: dy (batch, L, d), and the last d channels of dxz (batch, L, 2 d). A task is a token."""
     d = dout.shape[2]
+    xz, kept, dout, dy, dxz = _pointer(xz), _pointer(kept), _pointer(dout), _pointer(dy), _pointer(dxz)
     one = _splat(f32(1.0))
     for token in range(first, last):
         for j in range(0, d, LANES):
