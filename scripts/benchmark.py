@@ -195,7 +195,7 @@ def _training(rounds: int) -> dict:
 
     functions = {key: run(network, None) for key, network in networks.items()}
     functions |= {f"{key}, bf16": run(network, torch.bfloat16) for key, network in networks.items()}
-    return _interleaved("training step", functions, 3 * rounds)
+    return _interleaved("training step", functions, 8 * rounds)
 
 
 def _training_memory_apart() -> dict:
