@@ -27,6 +27,7 @@ import torch
 from monai.bundle import ConfigParser, create_workflow, load_bundle_config, verify_net_in_out
 from monai.data import MetaTensor
 from monai.inferers import SimpleInferer, SlidingWindowInferer
+from packaging.specifiers import SpecifierSet
 
 from scripts.autocast_inferer import AutocastInferer
 from scripts.datafolder import channel_count, class_names, image_list
@@ -240,6 +241,11 @@ def test_metadata():
     meta = json.loads((CONFIGS / "metadata.json").read_text())
     assert meta["version"] in meta["changelog"]
     assert "optional_packages_version" not in meta
+    requirements = (CONFIGS.parent / "requirements.txt").read_text()
+    pins = dict(re.findall(r"^([\w-]+)==([\w.]+)", requirements, flags=re.MULTILINE))
+    assert (meta["monai_version"], meta["pytorch_version"]) == (pins["monai"], pins["torch"])
+    for package, versions in meta["required_packages_version"].items():
+        assert pins[package] in SpecifierSet(versions), package
     parser = ConfigParser(ConfigParser.load_config_file(CONFIGS / "inference.json"))
     channel_def = meta["network_data_format"]["outputs"]["pred"]["channel_def"]
     assert [channel_def[str(k)] for k in range(len(channel_def))] == parser["class_names#default"]
