@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -20,10 +21,15 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from monai.bundle import ConfigWorkflow
 
 from scripts.phantom import write_phantoms
+
+if not torch.cuda.is_available():  # read when Triton is imported: its kernels then run on the CPU, interpreted
+    os.environ["TRITON_INTERPRET"] = "1"
 
 BUNDLE_ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,6 +49,31 @@ TINY = {
     "pictures": False,
 }
 """Overrides for a training on the phantoms within seconds."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fast_interpreter():
+    """Triton's interpreter goes through a scan element by element; here it doubles the stretches scanned."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from triton.runtime.interpreter import ScanOps
+
+    def generic_scan(self, values: list) -> list:
+        results = [np.moveaxis(value.handle.data, self.axis, 0).copy() for value in values]
+        shift = 1
+        while shift < len(results[0]):  # shapes stay powers of two, as Triton wants them
+            before = [self.to_tensor(np.roll(r, shift, axis=0), v.dtype) for r, v in zip(results, values)]
+            here = [self.to_tensor(r, v.dtype) for r, v in zip(results, values)]
+            combined = self.combine_fn.fn(*before, *here)
+            combined = combined if isinstance(combined, tuple) else (combined,)
+            results = [np.concatenate([r[:shift], c.handle.data[shift:]]) for r, c in zip(results, combined)]
+            shift *= 2
+        return [self.to_tensor(np.moveaxis(r, 0, self.axis).copy(), v.dtype) for r, v in zip(results, values)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ScanOps, "generic_scan", generic_scan)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -22,8 +22,10 @@ import torch
 
 __all__ = ["ENGINES", "ENGINE_VARIABLE", "available_engines", "resolve_engine"]
 
-ENGINES = ("mamba_ssm", "numba", "chunked", "reference")  # by preference
+ENGINES = ("numba", "triton", "mamba_ssm", "chunked", "reference")  # by preference; the first is for the CPU alone
 ENGINE_VARIABLE = "SEGRESMAMBA_SCAN"
+
+_modules: dict[str, ModuleType] = {}  # of the engines in use
 
 logger = logging.getLogger(__name__)
 
@@ -33,30 +35,48 @@ def _missing(name: str) -> str | None:
     """Why an engine cannot run on this machine, or None."""
     if name == "numba" and importlib.util.find_spec("numba") is None:
         return "numba is not installed: pip install numba"
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed: PyTorch for CUDA on Linux brings it, else pip install triton"
+        if not (torch.cuda.is_available() or _interpreted()):
+            return "needs a CUDA device"
     if name == "mamba_ssm":
         return _load(name).unavailable()
     return None
+
+
+def _interpreted() -> bool:
+    """Whether Triton interprets its kernels, on the CPU: slow, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _unsuited(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why an engine does not take tensors of this device and dtype, or None."""
     if name == "numba" and device.type != "cpu":
         return f"it runs on the CPU, the tensors are on {device.type}"
-    if name == "mamba_ssm" and device.type != "cuda":
+    if name in ("triton", "mamba_ssm") and device.type != "cuda" and not (name == "triton" and _interpreted()):
         return f"it runs on CUDA, the tensors are on {device.type}"
-    if name in ("numba", "mamba_ssm") and dtype == torch.float64:
+    if name == "triton" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
+        return "it needs a GPU of compute capability 7.0 or newer"
+    if name in ("numba", "triton", "mamba_ssm") and dtype == torch.float64:
         return "it computes in float32, the tensors are float64"
     return None
 
 
-@cache
 def _load(name: str) -> ModuleType:
-    return importlib.import_module(f"{__package__}.{name}")
+    if name not in _modules:
+        _modules[name] = importlib.import_module(f"{__package__}.{name}")
+    return _modules[name]
 
 
 @cache
 def _log_choice(name: str, device_type: str) -> None:
     logger.info("selective scan on %s: engine %r (%s=<name> forces another)", device_type, name, ENGINE_VARIABLE)
+
+
+@cache
+def _log_fallback(name: str, reason: str) -> None:
+    logger.warning("selective scan on cuda: engine %r is slower than 'triton', which is not used: %s", name, reason)
 
 
 def available_engines(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
@@ -87,12 +107,22 @@ def resolve_engine(name: str, device: torch.device, dtype: torch.dtype) -> Modul
         ValueError: when no engine has that name.
         RuntimeError: when the engine cannot run here; says why and what to install.
     """
+    return _modules[_chosen(name, device, dtype)]
+
+
+@torch.compiler.assume_constant_result  # torch.compile need not look into it
+def _chosen(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the engine, which is then among ``_modules``."""
     forced = os.environ.get(ENGINE_VARIABLE)
     name = forced or name
     if name == "auto":
-        name = next(n for n in ENGINES if not (_missing(n) or _unsuited(n, device, dtype)))
+        suited = (n for n in ENGINES if not (_missing(n) or _unsuited(n, device, dtype)))
+        name = next(n for n in suited if n != "triton" or device.type == "cuda")  # elsewhere it is interpreted: slow
         _log_choice(name, device.type)
-        return _load(name)
+        if device.type == "cuda" and name != "triton" and dtype != torch.float64:
+            _log_fallback(name, str(_missing("triton") or _unsuited("triton", device, dtype)))
+        _load(name)
+        return name
     source = f" (from the environment variable {ENGINE_VARIABLE})" if forced else ""
     if name not in ENGINES:
         raise ValueError(f"unknown scan engine {name!r}{source}: expected 'auto' or one of {', '.join(ENGINES)}.")
@@ -100,4 +130,5 @@ def resolve_engine(name: str, device: torch.device, dtype: torch.dtype) -> Modul
     if reason:
         usable = [n for n, why in available_engines(device, dtype).items() if why is None]
         raise RuntimeError(f"scan engine {name!r}{source} is not available: {reason}. Usable here: {usable}.")
-    return _load(name)
+    _load(name)
+    return name

@@ -1,0 +1,411 @@
+# Copyright (c) 2026 SegResMamba bundle contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import triton
+
+from . import triton_kernels as kernels
+
+__all__ = ["MIXER_MULTIPLE", "mixer", "scan"]
+
+MIXER_MULTIPLE = 1  # the fused mixer takes any width
+
+_STEPS, _CHANNELS = 64, 16  # of a tile: wider ones run out of registers in the backward
+_CHUNKS, _ELEMENTS = 128, 16  # at most, of a tile of the scan over chunks
+_PROGRAMS = 1024  # enough of them to fill a GPU
+_GATE = 1024  # elements of a program of the gate
+_LOG2E = math.log2(math.e)
+
+
+def scan(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    delta_bias: torch.Tensor | None = None,
+    delta_softplus: bool = False,
+    index: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Scan on CUDA in Triton's kernels, parallel over chunks of tokens: the chunks' own end states, a scan over those, and
+    the chunks again from the right states; softplus, bias, ``D u`` and the gate fused, states in float32. Arguments and
+    returns as :py:func:`.reference.scan`.
+
+    Autograd keeps the inputs, and the chunks' first states: 4 * n * d / 64 bytes a token.
+    """
+    D = A.new_zeros(A.shape[0], dtype=torch.float32) if D is None else D.float()
+    bias = torch.zeros_like(D) if delta_bias is None else delta_bias.float()
+    A, D, bias = (x.unsqueeze(0) for x in (A.float(), D, bias))
+    y, starts = _scan(u, delta, A, B, C, D, z, bias, delta_softplus, _int32(index))
+    return y, starts[:, -1].transpose(1, 2)
+
+
+def mixer(
+    xz: torch.Tensor,
+    conv_weight: torch.Tensor,
+    conv_bias: torch.Tensor,
+    x_proj_weight: torch.Tensor,
+    dt_proj_weight: torch.Tensor,
+    dt_proj_bias: torch.Tensor,
+    A: torch.Tensor,
+    D: torch.Tensor,
+    indices: Sequence[torch.Tensor | None],
+) -> torch.Tensor:
+    """
+    :py:func:`scripts.selective_scan.oriented_mixer` fused for CUDA. The orders share each launch: convolution and SiLU,
+    the three passes of the scan, the sum and the gate; the projections between are PyTorch's.
+
+    Autograd keeps, in bytes a token beside the parameters, with e bytes an element of ``xz``: e * (2 d for xz + d for
+    the sum + K (dt_rank + 2 n) for dt, B and C) + K n d / 16 for the chunks' first states. The convolution, dt_proj
+    and the scan are recomputed.
+    """
+    index, inverse = _orders(indices, xz.shape[1], xz.device)
+    weight = conv_weight.float().transpose(1, 2).contiguous()
+    matrices = (x_proj_weight.to(xz.dtype), dt_proj_weight.to(xz.dtype))
+    vectors = (dt_proj_bias.float(), A.float(), D.float())
+    return _mixer(xz.contiguous(), weight, conv_bias.float(), *matrices, *vectors, index, inverse)[0]
+
+
+def _orders(
+    indices: Sequence[torch.Tensor | None], length: int, device: torch.device
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The orders (K, L), int32: the token at each step, and the step of each token; None where all are the raster's."""
+    if all(i is None for i in indices):
+        return None, None
+    if torch.compiler.is_compiling():  # what a tracer makes must not stay in the cache
+        return _stacked(tuple(indices), length, device)
+    return _cached_stacked(tuple(indices), length, device)
+
+
+def _stacked(indices, length, device) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.inference_mode(False):
+        plain = torch.arange(length, device=device)
+        index = torch.stack([plain if i is None else i for i in indices])
+        inverse = torch.empty_like(index).scatter_(1, index, plain.expand_as(index))
+        return index.to(torch.int32), inverse.to(torch.int32)
+
+
+_cached_stacked = lru_cache(maxsize=64)(_stacked)  # tensors are looked up by identity
+
+
+def _int32(index: torch.Tensor | None) -> torch.Tensor | None:
+    return None if index is None else index.to(torch.int32).contiguous()
+
+
+# Custom operators, so that torch.compile and torch.export see one node each. Shapes: u, delta, z (R, L, d), R = K *
+# batch, A (K, d, n), B, C (R, L, g, n), D, bias (K, d), index (K, L) int32.
+
+
+@torch.library.custom_op("segresmamba::scan", mutates_args=())
+def _scan(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    z: torch.Tensor | None,
+    bias: torch.Tensor,
+    softplus: bool,
+    index: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _Scan(u, delta, A, B, C, D, z, bias, softplus, index).forward()
+
+
+@_scan.register_fake
+def _(u, delta, A, B, C, D, z, bias, softplus, index):
+    rows, length, d = u.shape
+    return torch.empty_like(u, memory_format=torch.contiguous_format), _starts(u, rows, length, A.shape[2], d)
+
+
+def _starts(like: torch.Tensor, rows: int, length: int, n: int, d: int) -> torch.Tensor:
+    return like.new_empty((rows, -(-length // _STEPS) + 1, n, d), dtype=torch.float32)
+
+
+@torch.library.custom_op("segresmamba::scan_backward", mutates_args=())
+def _scan_backward(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    z: torch.Tensor | None,
+    bias: torch.Tensor,
+    softplus: bool,
+    index: torch.Tensor | None,
+    starts: torch.Tensor,
+    dy: torch.Tensor,
+) -> list[torch.Tensor]:
+    du, ddelta, dz, dB, dC, dA, dD = _Scan(u, delta, A, B, C, D, z, bias, softplus, index).backward(starts, dy)
+    dbias = ddelta.view(len(A), -1, u.shape[2]).sum(1, dtype=torch.float32)
+    gradients = [du, ddelta, dA, dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype), dD, dbias]
+    return gradients if z is None else [*gradients, dz]
+
+
+@_scan_backward.register_fake
+def _(u, delta, A, B, C, D, z, bias, softplus, index, starts, dy):
+    inputs = (u, delta, A, B, C, D, bias) if z is None else (u, delta, A, B, C, D, bias, z)
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+
+
+def _setup_scan(ctx, inputs, output):
+    *tensors, softplus, index = inputs
+    ctx.save_for_backward(*tensors, index, output[1])
+    ctx.softplus = softplus
+    ctx.set_materialize_grads(False)
+
+
+def _backward_scan(ctx, dy, _):
+    *tensors, index, starts = ctx.saved_tensors
+    if dy is None:
+        return (None,) * 10
+    gradients = _scan_backward(*tensors, ctx.softplus, index, starts, dy)
+    du, ddelta, dA, dB, dC, dD, dbias = gradients[:7]
+    return du, ddelta, dA, dB, dC, dD, gradients[7] if len(gradients) == 8 else None, dbias, None, None
+
+
+torch.library.register_autograd("segresmamba::scan", _backward_scan, setup_context=_setup_scan)
+
+
+@torch.library.custom_op("segresmamba::mixer", mutates_args=())
+def _mixer(
+    xz: torch.Tensor,
+    conv_weight: torch.Tensor,
+    conv_bias: torch.Tensor,
+    x_proj: torch.Tensor,
+    dt_proj: torch.Tensor,
+    dt_bias: torch.Tensor,
+    A: torch.Tensor,
+    D: torch.Tensor,
+    index: torch.Tensor | None,
+    inverse: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, length, d = xz.shape[0], xz.shape[1], conv_bias.shape[1]
+    u = _convolve(xz, conv_weight, conv_bias, index)
+    with torch.autocast(xz.device.type, enabled=False):
+        packed = u.view(len(u), -1, d) @ x_proj.transpose(1, 2)
+        y, starts = _mixer_scan(u, packed, dt_proj, dt_bias, A, D, index).forward()
+    out, total = xz.new_empty(batch, length, d), xz.new_empty(batch, length, d)
+    kernels.gate_forward[(-(-out.numel() // _GATE),)](xz, y, out, total, out.numel(), len(u), d, W=_GATE)
+    return out, packed, starts, total
+
+
+@_mixer.register_fake
+def _(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, index, inverse):
+    (batch, length, _), (K, d, n) = xz.shape, A.shape
+    out = xz.new_empty(batch, length, d)
+    packed = xz.new_empty(K, batch * length, x_proj.shape[1])
+    return out, packed, _starts(xz, K * batch, length, n, d), torch.empty_like(out)
+
+
+@torch.library.custom_op("segresmamba::mixer_backward", mutates_args=())
+def _mixer_backward(
+    xz: torch.Tensor,
+    conv_weight: torch.Tensor,
+    conv_bias: torch.Tensor,
+    x_proj: torch.Tensor,
+    dt_proj: torch.Tensor,
+    dt_bias: torch.Tensor,
+    A: torch.Tensor,
+    D: torch.Tensor,
+    index: torch.Tensor | None,
+    inverse: torch.Tensor | None,
+    packed: torch.Tensor,
+    starts: torch.Tensor,
+    total: torch.Tensor,
+    dout: torch.Tensor,
+) -> list[torch.Tensor]:
+    (batch, length, _), (K, taps, d) = xz.shape, conv_weight.shape
+    rank, n = dt_proj.shape[2], A.shape[2]
+    dxz, dy = torch.empty_like(xz), torch.empty_like(total)
+    kernels.gate_backward[(-(-dy.numel() // _GATE),)](xz, total, dout.contiguous(), dy, dxz, dy.numel(), d, W=_GATE)
+
+    u = _convolve(xz, conv_weight, conv_bias, index)
+    run = _mixer_scan(u, packed, dt_proj, dt_bias, A, D, index)
+    du, ddelta, _, dB, dC, dA, dD = run.backward(starts, dy)
+    du, ddelta, u = (x.view(K, batch * length, d) for x in (du, ddelta, u))
+    dt_bias_gradient = ddelta.sum(1, dtype=torch.float32)
+    dpacked = torch.empty_like(packed)
+    dpacked[..., :rank] = ddelta @ dt_proj
+    dpacked[..., rank : rank + n] = dB.sum(0).view(K, batch * length, n)
+    dpacked[..., rank + n :] = dC.sum(0).view(K, batch * length, n)
+    ddt_proj = ddelta.transpose(1, 2) @ packed[..., :rank]
+    dx_proj = dpacked.transpose(1, 2) @ u
+    du.baddbmm_(dpacked, x_proj)
+
+    chunks, grid = _grid(K * batch, length, d)
+    constants = _shape(index, length * 2 * d)
+    dweight = torch.empty((K, batch * chunks, taps, d), dtype=torch.float32, device=xz.device)
+    dbias = torch.empty((K, batch * chunks, d), dtype=torch.float32, device=xz.device)
+    sizes = (batch, length, d, taps, chunks)
+    kernels.conv_backward_pre[grid](xz, conv_weight, conv_bias, _or(index, xz), du, dweight, dbias, *sizes, **constants)
+    kernels.conv_backward_input[(grid[0], batch)](
+        conv_weight, _or(index, xz), _or(inverse, xz), du, dxz, batch, K, length, d, taps, chunks, **constants
+    )
+    return [dxz, dweight.sum(1), dbias.sum(1), dx_proj, ddt_proj, dt_bias_gradient, dA, dD]
+
+
+@_mixer_backward.register_fake
+def _(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, index, inverse, packed, starts, total, dout):
+    return [torch.empty_like(x) for x in (xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)]
+
+
+def _setup_mixer(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output[1:])
+
+
+def _backward_mixer(ctx, dout, *_):
+    return *_mixer_backward(*ctx.saved_tensors, dout), None, None
+
+
+torch.library.register_autograd("segresmamba::mixer", _backward_mixer, setup_context=_setup_mixer)
+
+
+class _Scan:
+    """What the forward and the backward of a scan share."""
+
+    def __init__(self, u, delta, A, B, C, D, z, bias, softplus, index) -> None:
+        self.rows, self.length, self.d = u.shape
+        self.groups, self.n = B.shape[2], A.shape[2]
+        self.batch = self.rows // len(A)
+        self.u, self.delta, self.z = u.contiguous(), delta.contiguous(), _or(z, u).contiguous()
+        self.B, self.C = (x if _columns(x) else x.contiguous() for x in (B, C))
+        self.columns = [_columns(x) for x in (self.B, self.C)]
+        self.A2 = (A * _LOG2E).transpose(1, 2).contiguous()
+        self.D, self.bias = D.contiguous(), bias.contiguous()
+        self.index = _or(index, u)
+        self.chunks, self.grid = _grid(self.rows, self.length, self.d, self.groups)
+        self.gated = z is not None
+        widest = max(self.d, *(self.groups * columns for columns in self.columns))
+        shape = _shape(index, self.length * widest)
+        self.ends = {"SOFTPLUS": softplus, **shape}
+        self.constants = {"SOFTPLUS": softplus, "GATED": self.gated, **shape}
+        self.chunk_tile = {"T": min(_CHUNKS, triton.next_power_of_2(self.chunks)), "W": _ELEMENTS}
+        self.sizes = (self.length, self.d, self.groups, self.n, self.chunks)
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns y (R, L, d) and the chunks' first states, and the last (R, chunks + 1, n, d)."""
+        u, delta, bias, A2, B, C = self.u, self.delta, self.bias, self.A2, self.B, self.C
+        starts = _starts(u, self.rows, self.length, self.n, self.d)
+        ends, sums = self._chunk_ends()
+        kernels.chunk_starts[self._chunk_grid()](
+            A2, ends, sums, starts, self.batch, self.d, self.n, self.chunks, **self.chunk_tile
+        )
+        del ends
+        y = torch.empty_like(u)
+        kernels.scan_apply[self.grid](
+            u, delta, bias, A2, B, C, self.D, self.z, self.index, starts, y, self.batch, *self.sizes, *self.columns,
+            **self.constants,
+        )  # fmt: skip
+        return y, starts
+
+    def backward(self, starts: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """
+        Returns du, ddelta, dz (R, L, d), dB, dC (parts, R, L, g, n), dA (K, d, n), dD (K, d).
+        ``dy`` may have the rows of one order, which the orders then share.
+        """
+        u, delta, bias, A2, B, C = self.u, self.delta, self.bias, self.A2, self.B, self.C
+        dy = dy.contiguous()
+        like = {"dtype": torch.float32, "device": u.device}
+        carries = torch.empty((self.rows, self.chunks, self.n, self.d), **like)
+        sums = self._chunk_ends()[1]
+        kernels.chunk_carries[self.grid](
+            delta, bias, A2, C, self.z, self.index, dy, carries, self.batch, len(dy), *self.sizes, self.columns[1],
+            **self.constants,
+        )  # fmt: skip
+        gradients = torch.empty_like(carries)
+        kernels.chunk_gradients[self._chunk_grid()](
+            A2, carries, sums, gradients, self.batch, self.d, self.n, self.chunks, **self.chunk_tile
+        )
+        del carries
+        du, ddelta = torch.empty_like(u), torch.empty_like(delta)
+        dz = torch.empty_like(self.z) if self.gated else du
+        # Sums over channels: as few parts, which take memory, as keep the GPU busy.
+        blocks = -(-(self.d // self.groups) // _CHANNELS)
+        parts = min(blocks, -(-_PROGRAMS // (self.rows * self.chunks * self.groups)))
+        blocks = -(-blocks // parts)
+        dB, dC = (torch.empty((parts, self.rows, self.length, self.groups, self.n), **like) for _ in range(2))
+        dD = torch.empty((self.rows, self.chunks, self.d), **like)
+        kernels.scan_gradients[(self.chunks * self.groups * parts, self.rows)](
+            u, delta, bias, A2, B, C, self.D, self.z, self.index, starts, dy, gradients, du, ddelta, dz, dB, dC, dD,
+            self.batch, len(dy), self.rows, *self.sizes, *self.columns, parts, blocks, **self.constants,
+        )  # fmt: skip
+        K = len(A2)
+        dA = gradients.view(K, -1, self.n, self.d).sum(1).transpose(1, 2).contiguous()
+        return du, ddelta, dz, dB, dC, dA, dD.view(K, -1, self.d).sum(1)
+
+    def _chunk_ends(self) -> tuple[torch.Tensor, torch.Tensor]:
+        like = {"dtype": torch.float32, "device": self.u.device}
+        ends = torch.empty((self.rows, self.chunks, self.n, self.d), **like)
+        sums = torch.empty((self.rows, self.chunks, self.d), **like)
+        kernels.chunk_ends[self.grid](
+            self.u, self.delta, self.bias, self.A2, self.B, self.index, ends, sums, self.batch, *self.sizes,
+            self.columns[0], **self.ends,
+        )  # fmt: skip
+        return ends, sums
+
+    def _chunk_grid(self) -> tuple[int, int]:
+        return -(-self.n * self.d // _ELEMENTS), self.rows
+
+
+def _mixer_scan(u, packed, dt_proj, dt_bias, A, D, index) -> _Scan:
+    K, batch, length, d = u.shape
+    rank, n = dt_proj.shape[2], A.shape[2]
+    delta = (packed[..., :rank] @ dt_proj.transpose(1, 2)).view(K * batch, length, d)
+    columns = packed.view(K * batch, length, 1, -1)
+    B, C = columns[..., rank : rank + n], columns[..., rank + n :]
+    return _Scan(u.view(K * batch, length, d), delta, A, B, C, D, None, dt_bias, True, index)
+
+
+def _convolve(xz, weight, bias, index) -> torch.Tensor:
+    (batch, length, _), (K, taps, d) = xz.shape, weight.shape
+    u = xz.new_empty(K, batch, length, d)
+    chunks, grid = _grid(K * batch, length, d)
+    constants = _shape(index, length * 2 * d)
+    kernels.conv_forward[grid](
+        xz, weight, bias, _or(index, xz), u, batch, length, d, taps, chunks, **constants
+    )  # fmt: skip
+    return u
+
+
+def _grid(rows: int, length: int, d: int, groups: int = 1) -> tuple[int, tuple[int, int]]:
+    chunks = -(-length // _STEPS)
+    return chunks, (chunks * groups * -(-(d // groups) // _CHANNELS), rows)
+
+
+def _shape(index: torch.Tensor | None, elements: int) -> dict[str, int]:
+    """What a kernel is compiled for: whether there is an order, the width of offsets in a row, the tile."""
+    return {"ORDERED": index is not None, "WIDE": elements >= 2**31, "T": _STEPS, "W": _CHANNELS}
+
+
+def _columns(x: torch.Tensor) -> int:
+    """The elements from group to group of B or C (R, L, g, n), if tokens and rows follow without a gap, else 0."""
+    if x.is_contiguous():
+        return x.shape[3]
+    _, length, groups, n = x.shape
+    step = x.stride(1) // groups
+    regular = (length * groups * step, groups * step, step, 1)
+    return step if all(size == 1 or a == b for size, a, b in zip(x.shape, x.stride(), regular)) else 0
+
+
+def _or(x: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
+    """A kernel takes a pointer for each argument, also for one that it does not look at."""
+    return other if x is None else x

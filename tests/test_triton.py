@@ -1,0 +1,263 @@
+# Copyright (c) 2026 SegResMamba bundle contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The ``triton`` engine beyond what every engine is asked for (test_selective_scan.py): its kernels compiled for GPUs
+without one, its operators under torch.compile and torch.export, and, with a GPU, real shapes in all dtypes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+
+from scripts.phantom import make_phantom
+from scripts.segresmamba import SegResMamba
+from scripts.selective_scan import available_engines, selective_scan_channels_last
+from scripts.tri_orientated_mamba import ToM
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the CPU interprets, see conftest.py
+
+COMPILE = """
+import json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from scripts.selective_scan import triton_kernels
+
+FLOAT = "weight bias A2 D ends sums starts carries gradients dB dC dD dweight dbias".split()
+WHOLE = "batch dy_rows R K L d g n chunks parts blocks taps elements b_columns c_columns".split()
+FLAGS = "SOFTPLUS GATED ORDERED WIDE".split()
+done = []
+for dtype in sys.argv[2:]:
+    for name in triton_kernels.__all__:
+        kernel, signature, constants = getattr(triton_kernels, name), {}, {}
+        for argument in kernel.arg_names:
+            if argument in FLAGS or argument in ("T", "W"):
+                signature[argument] = "constexpr"
+                constants[argument] = {"T": 64, "W": 16}.get(argument, dtype == "fp16" or argument == "SOFTPLUS")
+            elif argument in WHOLE:
+                signature[argument] = "i32"
+            else:
+                signature[argument] = "*fp32" if argument in FLOAT else "*" + dtype
+                if argument in ("index", "inverse"):
+                    signature[argument] = "*i32"
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+        compiled = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32))
+        assert compiled.asm["cubin"]
+        done.append(name)
+print(json.dumps(done))
+"""
+
+
+class TestWithoutAGPU:
+    @pytest.mark.parametrize("capability", [75, 80, 90])
+    def test_every_kernel_compiles(self, bundle_root, tmp_path, capability):
+        """For each dtype, with 32-bit offsets and the raster order or with 64-bit ones, an order and a gate."""
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        environment["TRITON_CACHE_DIR"] = str(tmp_path)
+        dtypes = ["fp16", "fp32"] if capability < 80 else ["fp16", "bf16", "fp32"]
+        command = [sys.executable, "-c", COMPILE, str(capability), *dtypes]
+        result = subprocess.run(command, cwd=bundle_root, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-3000:]
+        from scripts.selective_scan import triton_kernels
+
+        assert json.loads(result.stdout) == triton_kernels.__all__ * len(dtypes)
+
+    def test_offsets_of_64_bits_give_the_same(self, monkeypatch):
+        from scripts.selective_scan import triton as engine
+
+        layer = ToM(8, scan_engine="triton").to(DEVICE)
+        x = torch.randn(1, 8, 3, 4, 7, device=DEVICE)
+        shape = engine._shape
+        results = []
+        for wide in (False, True):
+            monkeypatch.setattr(engine, "_shape", lambda index, _, wide=wide: {**shape(index, 0), "WIDE": wide})
+            layer.zero_grad()
+            y = layer(x)
+            y.square().sum().backward()
+            results.append([y.detach(), *(p.grad for p in layer.parameters())])
+        assert all(torch.equal(a, b) for a, b in zip(*results))
+
+    def test_sums_over_channels_in_one_part_or_in_many_agree(self, monkeypatch):
+        from scripts.selective_scan import triton as engine
+
+        layer = ToM(24, scan_engine="triton").to(DEVICE)
+        x, results = torch.randn(1, 24, 3, 4, 7, device=DEVICE), []
+        for programs in (1, 4096):
+            monkeypatch.setattr(engine, "_PROGRAMS", programs)
+            layer.zero_grad()
+            layer(x).square().sum().backward()
+            results.append([p.grad for p in layer.parameters()])
+        for a, b in zip(*results):
+            assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+class TestCompilers:
+    @pytest.fixture
+    def layer(self) -> ToM:
+        torch.manual_seed(0)
+        return ToM(8, scan_engine="triton").to(DEVICE)
+
+    @staticmethod
+    def volume(batch: int = 1) -> torch.Tensor:
+        return torch.randn(batch, 8, 2, 3, 4, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1))
+
+    def test_compile_breaks_no_graph(self, layer):
+        torch.compiler.reset()
+        expected = layer(self.volume())
+        expected.square().sum().backward()
+        gradients = [p.grad.clone() for p in layer.parameters()]
+        layer.zero_grad()
+        y = torch.compile(layer, fullgraph=True, backend="aot_eager")(self.volume())
+        y.square().sum().backward()
+        torch.testing.assert_close(y, expected)
+        for p, gradient in zip(layer.parameters(), gradients):
+            torch.testing.assert_close(p.grad, gradient)
+
+    def test_export_holds_the_operator(self, layer):
+        program = torch.export.export(layer, (self.volume(),))
+        assert "torch.ops.segresmamba.mixer" in str(program.graph_module.code)
+        torch.testing.assert_close(program.module()(self.volume()), layer(self.volume()))
+
+    def test_operators_keep_the_rules_of_torch_library(self):
+        from scripts.selective_scan import triton as engine
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, device=DEVICE) * 0.3
+
+        def wants_gradient(*tensors: torch.Tensor) -> list[torch.Tensor]:
+            return [t.requires_grad_() for t in tensors]
+
+        L, d, n, rank = 6, 4, 3, 2
+        index = torch.randperm(L, device=DEVICE).to(torch.int32)[None]
+        inverse = torch.empty_like(index).scatter_(1, index.long(), torch.arange(L, device=DEVICE).int()[None])
+        tensors = wants_gradient(draw(2, L, d), draw(2, L, d), -draw(1, d, n).abs(), draw(2, L, 1, n))
+        tensors += wants_gradient(draw(2, L, 1, n), draw(1, d), draw(2, L, d), draw(1, d))
+        torch.library.opcheck(engine._scan, (*tensors, True, index))
+        tensors[6] = None
+        torch.library.opcheck(engine._scan, (*tensors, False, None))
+        tensors = wants_gradient(draw(2, L, 2 * d), draw(1, 4, d), draw(1, d), draw(1, rank + 2 * n, d))
+        tensors += wants_gradient(draw(1, d, rank), draw(1, d), -draw(1, d, n).abs(), draw(1, d))
+        torch.library.opcheck(engine._mixer, (*tensors, index, inverse))
+
+
+def poison(bytes_: int = 2**30) -> None:
+    """Fill memory that the allocator will hand out again with NaN."""
+    torch.full((bytes_ // 4,), float("nan"), device="cuda")
+
+
+@gpu
+@needs_gpu
+class TestOnAGPU:
+    SHAPES = [(1, (64, 64, 64), 96), (1, (32, 32, 32), 192), (1, (16, 16, 16), 384), (1, (8, 8, 8), 768)]
+    SHAPES += [(2, (48, 48, 48), 96), (1, (37, 41, 29), 96), (3, (5, 7, 3), 40)]
+    TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+    def test_auto_chooses_it(self):
+        engines = available_engines("cuda")
+        assert engines["triton"] is None, engines
+
+    @staticmethod
+    def scan(function, tensors: dict, **options) -> dict[str, torch.Tensor]:
+        leaves = {name: t.clone().requires_grad_() for name, t in tensors.items()}
+        y, state = function(**leaves, delta_softplus=True, return_last_state=True, **options)
+        weight = torch.randn(y.shape, generator=torch.Generator("cuda").manual_seed(3), device="cuda")
+        (y.float() * weight).sum().backward()
+        return {"y": y.detach(), "state": state, **{name: t.grad for name, t in leaves.items()}}
+
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    @pytest.mark.parametrize("order", ["forward", "reverse", "inter_slice", "-wdh"])
+    @pytest.mark.parametrize("batch, size, d", SHAPES, ids=str)
+    def test_real_shapes(self, batch, size, d, order, dtype):
+        generator = torch.Generator("cuda").manual_seed(0)
+        draw = partial(torch.randn, generator=generator, device="cuda")
+        length, n = size[0] * size[1] * size[2], 16
+        tensors = {"u": draw(batch, length, d), "delta": draw(batch, length, d) * 0.5 - 4}
+        tensors |= {"B": draw(batch, length, n), "C": draw(batch, length, n), "z": draw(batch, length, d)}
+        tensors = {name: t.to(dtype) for name, t in tensors.items()}
+        tensors |= {"A": -torch.arange(1.0, n + 1, device="cuda").repeat(d, 1), "D": draw(d), "delta_bias": draw(d)}
+        options = {"order": order, "spatial_shape": size}
+        poison()
+        actual = self.scan(selective_scan_channels_last, tensors, engine="triton", **options)
+        as_float = {name: t.float() for name, t in tensors.items()}
+        expected = self.scan(selective_scan_channels_last, as_float, engine="chunked", **options)
+        for name, e in expected.items():
+            error = (actual[name].float() - e).abs().max() / e.abs().max()
+            assert error <= self.TOLERANCE[dtype], f"{name}: {error:.1e}"
+
+    @pytest.mark.parametrize("channels, size", [(48, (64, 64, 64)), (384, (8, 8, 8)), (20, (13, 5, 7))], ids=str)
+    @pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
+    def test_tom(self, channels, size, dtype):
+        torch.manual_seed(0)
+        layers = {name: ToM(channels, scan_engine=name).cuda() for name in ("triton", "chunked")}
+        layers["chunked"].load_state_dict(layers["triton"].state_dict())
+        x, results = torch.randn(1, channels, *size, device="cuda"), {}
+        for name, layer in layers.items():
+            poison()
+            with torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None and name == "triton"):
+                y = layer(x)
+            y.float().square().mean().backward()
+            results[name] = {"y": y.detach(), **{key: p.grad for key, p in layer.named_parameters()}}
+        for key, e in results["chunked"].items():
+            error = (results["triton"][key].float() - e).abs().max() / e.abs().max()
+            assert error <= 3 * self.TOLERANCE[dtype or torch.float32], f"{key}: {error:.1e}"
+
+    def test_two_runs_are_equal_to_the_bit(self):
+        torch.manual_seed(0)
+        layer, x = ToM(48, scan_engine="triton").cuda(), torch.randn(1, 48, 32, 32, 32, device="cuda")
+        results = []
+        for _ in range(2):
+            layer.zero_grad()
+            layer(x).square().mean().backward()
+            results.append([p.grad.clone() for name, p in layer.named_parameters() if "proj" not in name])
+        assert all(torch.equal(a, b) for a, b in zip(*results))
+
+    def test_nothing_of_the_size_of_all_states_is_kept(self):
+        layer, x = ToM(48, scan_engine="triton").cuda(), torch.randn(1, 48, 64, 64, 64, device="cuda")
+        before = torch.cuda.memory_allocated()
+        y = layer(x)
+        assert torch.cuda.memory_allocated() - before < 0.5 * 64**3 * 96 * 16 * 4
+        del y
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_a_network_trains_under_autocast_for_200_steps(self, phantom_batch, dtype):
+        torch.manual_seed(0)
+        image, label = (t.cuda() for t in phantom_batch)
+        network = SegResMamba(out_channels=int(label.max()) + 1, channels=(16, 32, 64), depths=(1, 1, 1)).cuda()
+        optimizer = torch.optim.AdamW(network.parameters(), 1e-3)
+        scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+        losses = []
+        for _ in range(200):
+            optimizer.zero_grad()
+            with torch.autocast("cuda", dtype):
+                loss = torch.nn.functional.cross_entropy(network(image).float(), label)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(loss.item())
+        assert all(torch.tensor(losses).isfinite())
+        assert losses[-1] < 0.5 * losses[0]
+
+    @pytest.fixture
+    def phantom_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """One synthetic volume as the bundle's phantoms are, (1, 1, 64, 64, 64), and its labels."""
+        image, label, _ = make_phantom(0, spatial_size=(64, 64, 64))
+        image = torch.as_tensor(image)[None, None].float()
+        return (image - image.mean()) / image.std(), torch.as_tensor(label)[None].long()
