@@ -12,7 +12,7 @@ TESTABLE := $(VENV)/.testable
 BUNDLE := $(BIN)/python -m monai.bundle run
 TASK := configs/tasks/phantom.yaml
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench gpu-bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make test   all tests"
 	@echo "make lint   style and types"
 	@echo "make bench  what the scan engines and the network cost on this CPU; writes docs/benchmarks"
+	@echo "make gpu-bench  the same on a CUDA GPU, beside MONAI's networks"
 	@echo "make clean  remove $(DEMO)/, caches and $(VENV)/"
 
 $(INSTALLED): requirements.txt
@@ -55,6 +56,9 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m scripts.benchmark cpu
+
+gpu-bench: $(INSTALLED)
+	$(BIN)/python -m scripts.benchmark gpu
 
 clean:
 	rm -rf $(DEMO) $(VENV) .pytest_cache .ruff_cache .mypy_cache

@@ -126,7 +126,8 @@ def _scan(
     softplus: bool,
     index: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _Scan(u, delta, A, B, C, D, z, bias, softplus, index).forward()
+    with torch.cuda.device_of(u):  # Triton launches on the current device
+        return _Scan(u, delta, A, B, C, D, z, bias, softplus, index).forward()
 
 
 @_scan.register_fake
@@ -154,7 +155,8 @@ def _scan_backward(
     starts: torch.Tensor,
     dy: torch.Tensor,
 ) -> list[torch.Tensor]:
-    du, ddelta, dz, dB, dC, dA, dD = _Scan(u, delta, A, B, C, D, z, bias, softplus, index).backward(starts, dy)
+    with torch.cuda.device_of(u):
+        du, ddelta, dz, dB, dC, dA, dD = _Scan(u, delta, A, B, C, D, z, bias, softplus, index).backward(starts, dy)
     dbias = ddelta.view(len(A), -1, u.shape[2]).sum(1, dtype=torch.float32)
     gradients = [du, ddelta, dA, dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype), dD, dbias]
     return gradients if z is None else [*gradients, dz]
@@ -199,12 +201,12 @@ def _mixer(
     inverse: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, length, d = xz.shape[0], xz.shape[1], conv_bias.shape[1]
-    u = _convolve(xz, conv_weight, conv_bias, index)
-    with torch.autocast(xz.device.type, enabled=False):
+    with torch.cuda.device_of(xz), torch.autocast(xz.device.type, enabled=False):
+        u = _convolve(xz, conv_weight, conv_bias, index)
         packed = u.view(len(u), -1, d) @ x_proj.transpose(1, 2)
         y, starts = _mixer_scan(u, packed, dt_proj, dt_bias, A, D, index).forward()
-    out, total = xz.new_empty(batch, length, d), xz.new_empty(batch, length, d)
-    kernels.gate_forward[(-(-out.numel() // _GATE),)](xz, y, out, total, out.numel(), len(u), d, W=_GATE)
+        out, total = xz.new_empty(batch, length, d), xz.new_empty(batch, length, d)
+        kernels.gate_forward[(-(-out.numel() // _GATE),)](xz, y, out, total, out.numel(), len(u), d, W=_GATE)
     return out, packed, starts, total
 
 
@@ -235,31 +237,34 @@ def _mixer_backward(
 ) -> list[torch.Tensor]:
     (batch, length, _), (K, taps, d) = xz.shape, conv_weight.shape
     rank, n = dt_proj.shape[2], A.shape[2]
-    dxz, dy = torch.empty_like(xz), torch.empty_like(total)
-    kernels.gate_backward[(-(-dy.numel() // _GATE),)](xz, total, dout.contiguous(), dy, dxz, dy.numel(), d, W=_GATE)
+    with torch.cuda.device_of(xz), torch.autocast(xz.device.type, enabled=False):
+        dxz, dy = torch.empty_like(xz), torch.empty_like(total)
+        kernels.gate_backward[(-(-dy.numel() // _GATE),)](xz, total, dout.contiguous(), dy, dxz, dy.numel(), d, W=_GATE)
 
-    u = _convolve(xz, conv_weight, conv_bias, index)
-    run = _mixer_scan(u, packed, dt_proj, dt_bias, A, D, index)
-    du, ddelta, _, dB, dC, dA, dD = run.backward(starts, dy)
-    du, ddelta, u = (x.view(K, batch * length, d) for x in (du, ddelta, u))
-    dt_bias_gradient = ddelta.sum(1, dtype=torch.float32)
-    dpacked = torch.empty_like(packed)
-    dpacked[..., :rank] = ddelta @ dt_proj
-    dpacked[..., rank : rank + n] = dB.sum(0).view(K, batch * length, n)
-    dpacked[..., rank + n :] = dC.sum(0).view(K, batch * length, n)
-    ddt_proj = ddelta.transpose(1, 2) @ packed[..., :rank]
-    dx_proj = dpacked.transpose(1, 2) @ u
-    du.baddbmm_(dpacked, x_proj)
+        u = _convolve(xz, conv_weight, conv_bias, index)
+        run = _mixer_scan(u, packed, dt_proj, dt_bias, A, D, index)
+        du, ddelta, _, dB, dC, dA, dD = run.backward(starts, dy)
+        du, ddelta, u = (x.view(K, batch * length, d) for x in (du, ddelta, u))
+        dt_bias_gradient = ddelta.sum(1, dtype=torch.float32)
+        dpacked = torch.empty_like(packed)
+        dpacked[..., :rank] = ddelta @ dt_proj
+        dpacked[..., rank : rank + n] = dB.sum(0).view(K, batch * length, n)
+        dpacked[..., rank + n :] = dC.sum(0).view(K, batch * length, n)
+        ddt_proj = ddelta.transpose(1, 2) @ packed[..., :rank]
+        dx_proj = dpacked.transpose(1, 2) @ u
+        du.baddbmm_(dpacked, x_proj)
 
-    chunks, grid = _grid(K * batch, length, d)
-    constants = _shape(index, length * 2 * d)
-    dweight = torch.empty((K, batch * chunks, taps, d), dtype=torch.float32, device=xz.device)
-    dbias = torch.empty((K, batch * chunks, d), dtype=torch.float32, device=xz.device)
-    sizes = (batch, length, d, taps, chunks)
-    kernels.conv_backward_pre[grid](xz, conv_weight, conv_bias, _or(index, xz), du, dweight, dbias, *sizes, **constants)
-    kernels.conv_backward_input[(grid[0], batch)](
-        conv_weight, _or(index, xz), _or(inverse, xz), du, dxz, batch, K, length, d, taps, chunks, **constants
-    )
+        chunks, grid = _grid(K * batch, length, d)
+        constants = _shape(index, length * 2 * d)
+        dweight = torch.empty((K, batch * chunks, taps, d), dtype=torch.float32, device=xz.device)
+        dbias = torch.empty((K, batch * chunks, d), dtype=torch.float32, device=xz.device)
+        sizes = (batch, length, d, taps, chunks)
+        kernels.conv_backward_pre[grid](
+            xz, conv_weight, conv_bias, _or(index, xz), du, dweight, dbias, *sizes, **constants
+        )
+        kernels.conv_backward_input[(grid[0], batch)](
+            conv_weight, _or(index, xz), _or(inverse, xz), du, dxz, batch, K, length, d, taps, chunks, **constants
+        )
     return [dxz, dweight.sum(1), dbias.sum(1), dx_proj, ddt_proj, dt_bias_gradient, dA, dD]
 
 

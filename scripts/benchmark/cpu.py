@@ -8,28 +8,23 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Timings and memory measured side by side, in one run: ``python -m scripts.benchmark cpu``, or ``make bench``."""
-
 from __future__ import annotations
 
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from monai.networks.nets import SwinUNETR
-from tqdm import tqdm
 
 from scripts.host_memory import retain_freed_memory
 from scripts.segresmamba import SegResMamba
 from scripts.selective_scan import selective_scan_channels_last
+
+from .measuring import file_name, interleaved, processor, versions, write_results
 
 __all__ = ["cpu", "training_memory"]
 
@@ -50,22 +45,13 @@ def cpu(rounds: int = 3, output_dir: str = "docs/benchmarks", name: str = "") ->
     retain_freed_memory()  # as the configs do
     torch.manual_seed(0)
     results = {
-        "machine": _machine(),
+        "machine": {"processor": processor(), **versions()},
         "scan": _scan(rounds),
         "inference": _inference(rounds),
         "training": _training(rounds),
         "training_memory": _training_memory_apart(),
     }
-    name = name or "".join(c if c.isalnum() else "_" for c in results["machine"]["processor"]).strip("_").lower()
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    table = _markdown(results)
-    for suffix, text in (("json", json.dumps(results, indent=4) + "\n"), ("md", table)):
-        path = folder / f"cpu-{name}.{suffix}"
-        path.with_suffix(".tmp").write_text(text)
-        path.with_suffix(".tmp").replace(path)
-        print(f"written: {path}")
-    print(table)
+    write_results(results, _markdown(results), f"cpu-{name or file_name(results['machine']['processor'])}", output_dir)
 
 
 def training_memory(spatial_size: int = 96, use_tom: bool = True) -> None:
@@ -94,47 +80,6 @@ def training_memory(spatial_size: int = 96, use_tom: bool = True) -> None:
     print(json.dumps({"before": round(before), "peak": round(peak())}))
 
 
-def _machine() -> dict[str, str | int]:
-    processor = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            processor = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), processor)
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    try:
-        import numba
-
-        versions["numba"] = numba.__version__
-    except ImportError:
-        pass
-    return {
-        "processor": processor,
-        "cores": os.cpu_count() or 0,
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "system": platform.system(),
-        **versions,
-    }
-
-
-def _interleaved(
-    title: str, functions: dict[str, Callable[[], object]], rounds: int, few: tuple[str, ...] = ()
-) -> dict:
-    """Seconds of each function, run in turn: median, least, most and count. ``few`` run twice only, unwarmed."""
-    seconds: dict[str, list[float]] = {key: [] for key in functions}
-    for turn in tqdm(range(-1, rounds), desc=title):
-        for key, function in functions.items():
-            if key in few and turn not in (0, 1):
-                continue
-            start = time.perf_counter()
-            function()
-            if turn >= 0:
-                seconds[key].append(time.perf_counter() - start)
-    return {
-        key: {"median": statistics.median(s), "min": min(s), "max": max(s), "runs": len(s)}
-        for key, s in seconds.items()
-    }
-
-
 def _scan(rounds: int) -> dict:
     """The op alone, at SegResMamba's first level for a 128^3 patch."""
     length, d, n = 262144, 96, 16
@@ -156,7 +101,7 @@ def _scan(rounds: int) -> dict:
 
     functions = {f"{engine} forward": forward(engine) for engine in ("numba", "chunked", "reference")}
     functions["numba forward + backward"] = both
-    return _interleaved("scan", functions, rounds, few=("reference forward",))
+    return interleaved("scan", functions, rounds, few=("reference forward",))
 
 
 def _inference(rounds: int) -> dict:
@@ -176,7 +121,7 @@ def _inference(rounds: int) -> dict:
 
         return forward
 
-    return _interleaved("inference", {key: run(x.eval()) for key, x in networks.items()}, rounds)
+    return interleaved("inference", {key: run(x.eval()) for key, x in networks.items()}, rounds)
 
 
 def _training(rounds: int) -> dict:
@@ -195,7 +140,7 @@ def _training(rounds: int) -> dict:
 
     functions = {key: run(network, None) for key, network in networks.items()}
     functions |= {f"{key}, bf16": run(network, torch.bfloat16) for key, network in networks.items()}
-    return _interleaved("training step", functions, 8 * rounds)
+    return interleaved("training step", functions, 8 * rounds)
 
 
 def _training_memory_apart() -> dict:
@@ -244,9 +189,3 @@ def _markdown(results: dict) -> str:
     for label, row in results["training_memory"].items():
         lines.append(f"| {label} | {row['before']:,} MiB | {row['peak']:,} MiB |")
     return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    import fire
-
-    fire.Fire({"cpu": cpu, "training_memory": training_memory})

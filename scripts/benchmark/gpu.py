@@ -1,0 +1,313 @@
+# Copyright (c) 2026 SegResMamba bundle contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+from __future__ import annotations
+
+import gc
+import subprocess
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from monai.networks.nets import UNETR, DynUNet, SegResNet, SwinUNETR, UNet
+
+from scripts.segresmamba import SegResMamba
+from scripts.selective_scan import available_engines, selective_scan_channels_last
+from scripts.tri_orientated_mamba import ToM
+
+from .measuring import file_name, interleaved, versions, wall_clock, write_results
+
+__all__ = ["gpu"]
+
+_ENGINES = ("triton", "mamba_ssm", "chunked")
+_SHAPES = [(1, (64, 64, 64), 96), (1, (32, 32, 32), 192), (1, (16, 16, 16), 384), (1, (8, 8, 8), 768)]
+_SHAPES += [(2, (48, 48, 48), 96)]
+_STATES = 16
+_SFU_LANES = 16  # exponentials a multiprocessor finishes in a clock, from compute capability 7.0 on
+_PAPER = {"training memory": 5.10 / 7.77, "inference time": 0.626}  # SegResMamba / SwinUNETR: Table 8, Table 1
+
+
+def gpu(
+    rounds: int = 30,
+    output_dir: str = "docs/benchmarks",
+    name: str = "",
+    device: str = "cuda",
+    tiny: bool = False,
+) -> None:
+    """
+    What the scan engines, a ToM and whole networks cost on a GPU, side by side: the op alone at ToM's shapes, ToM on
+    each engine, SegResMamba against MONAI's networks under autocast. Medians of calls in turn, timed by CUDA events,
+    inputs rotated past the L2 cache. Needs a few minutes.
+
+    Args:
+        rounds: timed calls of each row of the op and of ToM; a network is timed a third as often.
+        output_dir: where ``gpu-<name>.json`` and ``.md`` are written.
+        name: name of the machine in the files' names; default: its GPU's.
+        device: ``"cuda"``; on ``"cpu"`` with ``tiny`` the script itself can be tried.
+        tiny: sizes of a few voxels, whose figures mean nothing.
+
+    Raises:
+        RuntimeError: when there is no such device.
+    """
+    if device != "cpu" and not torch.cuda.is_available():
+        raise RuntimeError(f"no CUDA device is here, so nothing can be measured on {device!r}.")
+    torch.manual_seed(0)
+    bench = _Bench(torch.device(device), rounds, tiny)
+    results: dict[str, Any] = {"machine": bench.machine(), "ceilings": bench.ceilings()}
+    results["scan"], results["tom"], results["networks"] = bench.scan(), bench.tom(), bench.networks()
+    write_results(results, _markdown(results), f"gpu-{name or file_name(results['machine']['gpu'])}", output_dir)
+
+
+class _Bench:
+    def __init__(self, device: torch.device, rounds: int, tiny: bool) -> None:
+        self.device, self.rounds, self.tiny = device, rounds, tiny
+        self.cuda = device.type == "cuda"
+        self.engines = [e for e in _ENGINES if available_engines(device)[e] is None and (self.cuda or e != "triton")]
+
+    def machine(self) -> dict[str, str | int]:
+        machine = {"gpu": "none (a trial on the CPU)", **versions()}
+        if self.cuda:
+            properties = torch.cuda.get_device_properties(self.device)
+            query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader,nounits"]
+            driver, clock = (
+                subprocess.run(query, check=True, capture_output=True, text=True).stdout.split("\n")[0].split(",")
+            )
+            machine |= {"gpu": properties.name, "multiprocessors": properties.multi_processor_count}
+            machine |= {"driver": driver.strip(), "largest clock, MHz": int(clock), "l2": properties.L2_cache_size}
+        try:
+            import triton
+
+            machine["triton"] = triton.__version__
+        except ImportError:
+            pass
+        return machine
+
+    def ceilings(self) -> dict[str, float]:
+        """Bytes a second that a copy moves, measured; exponentials a second, by the largest clock."""
+        if not self.cuda:
+            return {}
+        source = torch.empty(2**28, device=self.device)
+        target = torch.empty_like(source)
+        seconds = self.time("copy", {"copy": lambda: target.copy_(source)}, self.rounds)["copy"]["median"]
+        machine = self.machine()
+        rate = int(machine["multiprocessors"]) * _SFU_LANES * int(machine["largest clock, MHz"]) * 1e6
+        return {"bytes": 2 * source.nbytes / seconds, "exponentials": rate}
+
+    def time(self, title: str, functions: Mapping[str, Callable[[], object]], rounds: int) -> dict:
+        return interleaved(title, functions, rounds, clock=self._events if self.cuda else wall_clock)
+
+    def _events(self, function: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+
+    def peak(self, function: Callable[[], object]) -> int | None:
+        """Bytes that a call allocates at its peak beside what is there before it."""
+        if not self.cuda:
+            return None
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def rotating(self, make: Callable[[], Any], bytes_: int) -> Callable[[], Any]:
+        """Hands out one of several equal sets of inputs after the other, together three times the L2 cache."""
+        l2 = torch.cuda.get_device_properties(self.device).L2_cache_size if self.cuda else 0
+        sets = [make() for _ in range(max(1, min(64, -(-3 * l2 // bytes_))))]
+        turn = iter(range(2**62))
+        return lambda: sets[next(turn) % len(sets)]
+
+    def scan(self) -> list[dict]:
+        """The op alone, in raster order."""
+        rows = []
+        for batch, size, d in [(1, (2, 3, 4), 16)] if self.tiny else _SHAPES:
+            for dtype in (torch.float16, torch.bfloat16, torch.float32):
+                length = size[0] * size[1] * size[2]
+                inputs = self.rotating(partial(self._scan_inputs, batch, length, d, dtype), 3 * batch * length * d * 2)
+                row = {"batch": batch, "size": size, "d": d, "dtype": str(dtype).removeprefix("torch.")}
+                forward = {e: partial(self._scan_forward, inputs, e) for e in self.engines}
+                both = {e: partial(self._scan_both, inputs, e) for e in self.engines}
+                title = f"scan {size[0]}^3 x {d} {row['dtype']}"
+                row["forward"] = self.time(title, forward, self.rounds)
+                row["forward and backward"] = self.time(f"{title}, backward", both, self.rounds)
+                row["peak bytes"] = {e: self.peak(f) for e, f in both.items()}
+                e = torch.empty((), dtype=dtype).element_size()
+                row["bytes"] = batch * length * e * (3 * d + 2 * _STATES)
+                row["exponentials"] = batch * length * d * _STATES
+                rows.append(row)
+        return rows
+
+    def _scan_inputs(self, batch: int, length: int, d: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        draw = partial(torch.randn, device=self.device)
+        tensors = {"u": draw(batch, length, d), "delta": draw(batch, length, d) * 0.5 - 4}
+        tensors |= {"B": draw(batch, length, _STATES), "C": draw(batch, length, _STATES)}
+        tensors = {key: t.to(dtype) for key, t in tensors.items()}
+        tensors["A"] = -torch.arange(1.0, _STATES + 1, device=self.device).repeat(d, 1)
+        return {key: t.requires_grad_() for key, t in {**tensors, "D": draw(d), "delta_bias": draw(d)}.items()}
+
+    @staticmethod
+    def _scan_forward(inputs: Callable[[], dict], engine: str) -> None:
+        with torch.inference_mode():
+            selective_scan_channels_last(**inputs(), delta_softplus=True, engine=engine)
+
+    @staticmethod
+    def _scan_both(inputs: Callable[[], dict], engine: str) -> None:
+        tensors = inputs()
+        scan: Any = selective_scan_channels_last
+        y = scan(**tensors, delta_softplus=True, engine=engine)
+        torch.autograd.grad(y, list(tensors.values()), torch.ones_like(y))
+
+    def tom(self) -> list[dict]:
+        """One ToM under autocast; on ``mamba_ssm`` it is composed of that scan and explicit copies for each order."""
+        rows = []
+        for channels, size in ((8, (2, 3, 4)),) if self.tiny else ((48, (64, 64, 64)), (96, (32, 32, 32))):
+            layers = {e: ToM(channels, scan_engine=e).to(self.device) for e in self.engines}
+            x = torch.randn(1, channels, *size, device=self.device)
+            forward = {e: partial(self._infer, layer, x) for e, layer in layers.items()}
+            train = {e: partial(self._train, layer, x) for e, layer in layers.items()}
+            title = f"ToM {channels} x {size[0]}^3"
+            row = {"channels": channels, "size": size, "forward": self.time(title, forward, self.rounds)}
+            row["training"] = self.time(f"{title}, training", train, self.rounds)
+            row["peak bytes"] = {e: self.peak(f) for e, f in train.items()}
+            rows.append(row)
+        return rows
+
+    def _infer(self, network: torch.nn.Module, x: torch.Tensor) -> None:
+        with torch.inference_mode(), torch.autocast(self.device.type, self._half()):
+            network(x)
+
+    def _train(self, network: torch.nn.Module, x: torch.Tensor) -> None:
+        network.zero_grad()
+        with torch.autocast(self.device.type, self._half()):
+            loss = network(x).float().square().mean()
+        loss.backward()
+
+    def _half(self) -> torch.dtype:
+        return torch.float16 if self.cuda else torch.bfloat16
+
+    def networks(self) -> list[dict]:
+        """Whole networks, batch 1, one after the other, since a GPU need not hold them all."""
+        rows = []
+        for side, classes in ((32, 2),) if self.tiny else ((128, 14), (96, 2)):
+            x = torch.rand(1, 1, side, side, side, device=self.device)
+            table: dict[str, dict] = {}
+            for label, build in _networks(side, classes, self.tiny).items():
+                network = build().to(self.device)
+                infer, train = partial(self._infer, network.eval(), x), partial(self._train, network, x)
+                rounds = max(1, self.rounds // 3)
+                row = {"inference": self.time(f"{label} {side}^3", {label: infer}, rounds)[label]}
+                network.train()
+                row["training"] = self.time(f"{label} {side}^3, training", {label: train}, rounds)[label]
+                row["inference peak bytes"] = self.peak(infer)
+                network.zero_grad(set_to_none=True)
+                row["training peak bytes"] = self.peak(train)
+                row["parameters"] = sum(p.numel() for p in network.parameters())
+                table[label] = row
+                del network, infer, train
+            rows.append({"size": side, "classes": classes, "networks": table})
+        return rows
+
+
+def _networks(side: int, classes: int, tiny: bool) -> dict[str, Callable[[], torch.nn.Module]]:
+    """SegResMamba and its peers from MONAI, with the settings of its tutorials for BTCV or of nnU-Net's plan."""
+    size, strides = (side,) * 3, [1] + [2] * 5
+    text: dict[str, Any] = {"depths": (1, 1, 1, 1), "stage_conv": False}
+    if tiny:
+        own = partial(SegResMamba, out_channels=classes, channels=(8, 16), depths=(1, 1))
+        return {"SegResMamba (tables)": own, "SegResMamba (text)": partial(own, stage_conv=False)}
+    swin = partial(SwinUNETR, in_channels=1, out_channels=classes, feature_size=48)
+    return {
+        "SegResMamba (tables)": partial(SegResMamba, out_channels=classes),
+        "SegResMamba (text)": partial(SegResMamba, out_channels=classes, **text),
+        "SwinUNETR (48)": swin,
+        "SwinUNETR (48), checkpointing": partial(swin, use_checkpoint=True),
+        "UNETR (16)": partial(UNETR, in_channels=1, out_channels=classes, img_size=size, feature_size=16),
+        "UNet (16 to 256)": partial(
+            UNet, 3, 1, classes, channels=(16, 32, 64, 128, 256), strides=(2, 2, 2, 2), num_res_units=2
+        ),
+        "SegResNet (16)": partial(SegResNet, init_filters=16, in_channels=1, out_channels=classes),
+        "DynUNet (nnU-Net)": partial(
+            DynUNet, 3, 1, classes, kernel_size=[3] * 6, strides=strides, upsample_kernel_size=strides[1:]
+        ),
+    }
+
+
+def _markdown(results: dict) -> str:
+    machine, ceilings = results["machine"], results["ceilings"]
+    lines = ["Measured on " + ", ".join(f"{key} {value}" for key, value in machine.items()) + "."]
+    if ceilings:
+        lines[0] += (
+            f" Ceilings: a copy moves {ceilings['bytes'] / 1e9:.0f} GB/s (measured), "
+            f"{ceilings['exponentials'] / 1e12:.2f} T exponentials/s (by the largest clock)."
+        )
+
+    def mib(value: int | None) -> str:
+        return "" if value is None else f"{value / 2**20:,.0f}"
+
+    def milli(row: dict) -> str:
+        return f"{row['median'] * 1e3:.3f} ({row['min'] * 1e3:.3f} to {row['max'] * 1e3:.3f})"
+
+    lines += ["", "**Selective scan, n 16, raster order**", ""]
+    lines += ["| shape | dtype | engine | forward, ms | forward and backward, ms | peak, MiB | of the nearer ceiling |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+    for row in results["scan"]:
+        for engine, timed in row["forward"].items():
+            share = ""
+            if ceilings:
+                least = max(row[what] / ceilings[what] for what in ("bytes", "exponentials"))
+                share = f"{least / timed['median']:.0%}"
+            shape = f"({row['batch']}, {' x '.join(map(str, row['size']))}, {row['d']})"
+            both, peak = row["forward and backward"][engine], mib(row["peak bytes"][engine])
+            lines.append(f"| {shape} | {row['dtype']} | {engine} | {milli(timed)} | {milli(both)} | {peak} | {share} |")
+    lines += ["", "**ToM, batch 1, autocast**", ""]
+    lines += ["| layer | engine | forward, ms | training, ms | peak, MiB | forward, training, peak / triton |"]
+    lines += ["| --- | --- | --- | --- | --- | --- |"]
+    for row in results["tom"]:
+        for engine, timed in row["forward"].items():
+            ratios = ""
+            if "triton" in row["forward"]:
+                pairs = [(row[key][engine]["median"], row[key]["triton"]["median"]) for key in ("forward", "training")]
+                if row["peak bytes"]["triton"]:
+                    pairs.append((row["peak bytes"][engine], row["peak bytes"]["triton"]))
+                ratios = ", ".join(f"{a / b:.2f}" for a, b in pairs)
+            layer = f"{row['channels']} channels, {' x '.join(map(str, row['size']))}"
+            cells = [
+                layer,
+                engine,
+                milli(timed),
+                milli(row["training"][engine]),
+                mib(row["peak bytes"][engine]),
+                ratios,
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    for row in results["networks"]:
+        own = row["networks"]["SegResMamba (tables)"]
+        lines += ["", f"**Networks, {row['size']}^3, 1 to {row['classes']} classes, batch 1, autocast**", ""]
+        lines += ["| network | parameters, M | inference, ms | training step, ms | training peak, MiB "]
+        lines[-1] += "| SegResMamba (tables) / it: inference, training, training peak |"
+        lines += ["| --- | --- | --- | --- | --- | --- |"]
+        for label, other in row["networks"].items():
+            shares = [own[key]["median"] / other[key]["median"] for key in ("inference", "training")]
+            if other["training peak bytes"]:
+                shares.append(own["training peak bytes"] / other["training peak bytes"])
+            cells = [label, f"{other['parameters'] / 1e6:.2f}", milli(other["inference"]), milli(other["training"])]
+            cells += [mib(other["training peak bytes"]), ", ".join(f"{share:.3f}" for share in shares)]
+            lines.append(f"| {' | '.join(cells)} |")
+    paper = ", ".join(f"{key} {value:.3f}" for key, value in _PAPER.items())
+    lines += ["", f"The paper's own ratios of SegResMamba to SwinUNETR, on an A100: {paper}."]
+    return "\n".join(lines) + "\n"
