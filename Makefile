@@ -43,8 +43,7 @@ demo: $(INSTALLED)
 # mamba-ssm without its CUDA kernels, for the reference scan in it; where it cannot be had, its tests are skipped.
 $(TESTABLE): $(INSTALLED)
 	-MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(BIN)/python -m pip install $(PIP_OPTIONS) \
-		--no-build-isolation --no-deps mamba-ssm==2.3.1
-	@touch $@
+		--no-build-isolation --no-deps mamba-ssm==2.3.1 && touch $@
 
 test: $(TESTABLE)
 	$(BIN)/python -m pytest -q tests

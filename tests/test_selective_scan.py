@@ -172,7 +172,7 @@ def formula(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=F
 
 class TestEngines:
     def test_all_engines_are_listed_and_the_unavailable_say_why(self):
-        assert set(AVAILABLE) == {"reference", "chunked", "numba", "mamba_ssm"}
+        assert set(AVAILABLE) == {"reference", "chunked", "numba", "triton", "mamba_ssm"}
         assert {"reference", "chunked"} <= set(ENGINES)
         for name, reason in AVAILABLE.items():
             assert reason is None or len(reason.split()) > 2, name
@@ -379,6 +379,30 @@ class TestAgainstReference:
 
 
 class TestExtremes:
+    @pytest.mark.parametrize("engine", FAST)
+    def test_gradients_of_states_that_decay_at_once_keep_their_digits(self, engine):
+        """State by state, since an optimizer divides each by its own size."""
+        tensors = arguments(1, 16, 16, 130, with_z=False, with_bias=False)
+        tensors["A"] = -torch.arange(1.0, 17).repeat(16, 1)
+        tensors["delta"] = 0.5 + 0.5 * torch.rand(tensors["delta"].shape, generator=torch.Generator().manual_seed(5))
+        actual, expected = run(tensors, engine), run(tensors, "reference", torch.float64)
+        error = (actual["A"] - expected["A"]).abs().amax(0) / expected["A"].abs().amax(0)
+        assert (error <= 1e-4).all(), error
+
+    @pytest.mark.parametrize("engine", FAST)
+    @pytest.mark.parametrize("step", [1e2, 1e4, 1e6])
+    def test_one_large_step_among_small_ones(self, engine, step):
+        tensors = arguments(1, 16, 4, 130, with_z=False, with_bias=False)
+        tensors["delta"] = torch.full_like(tensors["delta"], 1e-3)
+        tensors["delta"][..., 40] = step
+        actual, expected = run(tensors, engine), run(tensors, "reference", torch.float64)
+        for name in ("y", "last_state", "u", "C"):
+            after = {
+                key: r[name][..., 41:] if name in ("y", "u", "C") else r[name]
+                for key, r in (("a", actual), ("e", expected))
+            }
+            assert (after["a"] - after["e"]).abs().max() <= 1e-5 * after["e"].abs().max(), name
+
     @pytest.mark.parametrize("engine", ENGINES)
     @pytest.mark.parametrize("step", [30.0, 1e4, 1e8])
     @pytest.mark.parametrize("softplus", [False, True])
@@ -696,9 +720,17 @@ class TestMisuse:
         with pytest.raises(ValueError, match="real"):
             selective_scan(**{**tensors, "A": tensors["A"].to(torch.complex64)})
 
-    def test_empty_sequence(self):
-        with pytest.raises(ValueError, match="empty"):
-            selective_scan(**arguments(length=0))
+    @pytest.mark.parametrize("empty", [{"length": 0}, {"batch": 0}, {"n": 0}])
+    def test_nothing_to_scan(self, empty):
+        with pytest.raises(ValueError, match="nothing to scan"):
+            selective_scan(**arguments(**empty))
+
+    def test_nothing_to_mix(self):
+        for name, width in (("A", 0), ("conv_weight", 0)):
+            tensors = mixer_arguments()
+            tensors[name] = tensors[name][..., :width]
+            with pytest.raises(ValueError, match="nothing to scan"):
+                oriented_mixer(**tensors, orders=("forward", "reverse", "hwd"), spatial_shape=(3, 5, 7))
 
 
 class TestMambaSSM:
@@ -805,6 +837,15 @@ def run_mixer(tensors: dict, engine: str, size: tuple[int, int, int] = (3, 5, 7)
     with torch.no_grad():
         inference = oriented_mixer(**tensors, orders=("forward", "reverse", "hwd"), spatial_shape=size, engine=engine)
     return {"y": y.detach(), "inference": inference, **{k: v.grad for k, v in leaves.items()}}
+
+
+@pytest.mark.parametrize("engine", FAST)
+def test_mixer_takes_parameters_that_are_not_contiguous(engine):
+    tensors = mixer_arguments()
+    strided = {k: torch.stack([t, t + 9], dim=-1)[..., 0] if k != "xz" else t for k, t in tensors.items()}
+    assert not strided["conv_bias"].is_contiguous()
+    options = {"orders": ("forward", "reverse", "hwd"), "spatial_shape": (3, 5, 7), "engine": engine}
+    torch.testing.assert_close(oriented_mixer(**strided, **options), oriented_mixer(**tensors, **options))
 
 
 @pytest.mark.parametrize("engine", FAST)

@@ -43,6 +43,7 @@ from scripts.selective_scan import triton_kernels
 
 FLOAT = "weight bias A2 D ends sums starts carries gradients dB dC dD dweight dbias".split()
 WHOLE = "batch dy_rows R K L d g n chunks parts blocks taps elements b_columns c_columns".split()
+ONES = "batch g n chunks parts blocks dy_rows".split()
 FLAGS = "SOFTPLUS GATED ORDERED WIDE".split()
 done = []
 for dtype in sys.argv[2:]:
@@ -52,8 +53,10 @@ for dtype in sys.argv[2:]:
             if argument in FLAGS or argument in ("T", "W"):
                 signature[argument] = "constexpr"
                 constants[argument] = {"T": 64, "W": 16}.get(argument, dtype == "fp16" or argument == "SOFTPLUS")
+            elif argument in ONES and dtype == "fp32":  # what Triton makes of a 1 at a launch
+                signature[argument], constants[argument] = "constexpr", 1
             elif argument in WHOLE:
-                signature[argument] = "i32"
+                signature[argument] = "i64" if dtype == "fp16" and argument in ("L", "elements") else "i32"
             else:
                 signature[argument] = "*fp32" if argument in FLOAT else "*" + dtype
                 if argument in ("index", "inverse"):
@@ -69,7 +72,7 @@ print(json.dumps(done))
 class TestWithoutAGPU:
     @pytest.mark.parametrize("capability", [75, 80, 90])
     def test_every_kernel_compiles(self, bundle_root, tmp_path, capability):
-        """For each dtype, with 32-bit offsets and the raster order or with 64-bit ones, an order and a gate."""
+        """With 32-bit offsets and the raster order, or with 64-bit ones, an order and a gate; with sizes that are 1."""
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
         environment["TRITON_CACHE_DIR"] = str(tmp_path)
         dtypes = ["fp16", "fp32"] if capability < 80 else ["fp16", "bf16", "fp32"]
@@ -107,6 +110,37 @@ class TestWithoutAGPU:
             results.append([p.grad for p in layer.parameters()])
         for a, b in zip(*results):
             assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+class TestEngine:
+    def test_of_devices_that_are_not_there(self):
+        assert available_engines("mps")["triton"] is not None
+        if not torch.cuda.is_available():
+            assert "CUDA" in available_engines("cuda")["triton"]
+
+    def test_where_triton_cannot_start_auto_takes_another_and_says_so(self, monkeypatch, caplog):
+        from scripts.selective_scan import engines
+
+        class Driver:
+            @property
+            def active(self):
+                raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+        monkeypatch.setattr(triton.runtime, "driver", Driver())
+        for function in (engines._missing, engines._log_choice, engines._log_fallback):
+            function.cache_clear()
+        try:
+            for _ in range(2):
+                chosen = engines.resolve_engine("auto", torch.device("cuda"), torch.float32)
+            assert chosen.__name__.endswith(("chunked", "mamba_ssm"))
+            lines = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+            assert len(lines) == 1 and "Failed to find C compiler" in lines[0]
+        finally:
+            for function in (engines._missing, engines._log_choice, engines._log_fallback):
+                function.cache_clear()
 
 
 class TestCompilers:

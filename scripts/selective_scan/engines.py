@@ -38,8 +38,15 @@ def _missing(name: str) -> str | None:
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed: PyTorch for CUDA on Linux brings it, else pip install triton"
-        if not (torch.cuda.is_available() or _interpreted()):
-            return "needs a CUDA device"
+        if not _interpreted():
+            if not torch.cuda.is_available():
+                return "needs a CUDA device"
+            try:  # its first launch on a machine builds a small library
+                importlib.import_module("triton.runtime").driver.active.utils  # noqa: B018
+            except Exception as error:
+                return (
+                    f"Triton does not start (it needs a C compiler and Python's headers): {str(error).splitlines()[:1]}"
+                )
     if name == "mamba_ssm":
         return _load(name).unavailable()
     return None
@@ -54,13 +61,22 @@ def _unsuited(name: str, device: torch.device, dtype: torch.dtype) -> str | None
     """Why an engine does not take tensors of this device and dtype, or None."""
     if name == "numba" and device.type != "cpu":
         return f"it runs on the CPU, the tensors are on {device.type}"
-    if name in ("triton", "mamba_ssm") and device.type != "cuda" and not (name == "triton" and _interpreted()):
-        return f"it runs on CUDA, the tensors are on {device.type}"
-    if name == "triton" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
-        return "it needs a GPU of compute capability 7.0 or newer"
+    if name in ("triton", "mamba_ssm") and device.type != "cuda":
+        if name == "mamba_ssm" or device.type != "cpu" or not _interpreted():
+            return f"it runs on CUDA, the tensors are on {device.type}"
+    if name == "triton" and device.type == "cuda":
+        if not torch.cuda.is_available():
+            return "needs a CUDA device"
+        if torch.cuda.get_device_capability(device) < (7, 0):
+            return "it needs a GPU of compute capability 7.0 or newer"
     if name in ("numba", "triton", "mamba_ssm") and dtype == torch.float64:
         return "it computes in float32, the tensors are float64"
     return None
+
+
+def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why an engine does not run here with such tensors, or None; Triton is not started for tensors on the CPU."""
+    return _unsuited(name, device, dtype) or _missing(name)
 
 
 def _load(name: str) -> ModuleType:
@@ -87,7 +103,7 @@ def available_engines(device: torch.device | str = "cpu", dtype: torch.dtype = t
         device: device of the tensors.
         dtype: dtype of the tensors.
     """
-    return {name: _missing(name) or _unsuited(name, torch.device(device), dtype) for name in ENGINES}
+    return {name: _why_not(name, torch.device(device), dtype) for name in ENGINES}
 
 
 def resolve_engine(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
@@ -116,17 +132,17 @@ def _chosen(name: str, device: torch.device, dtype: torch.dtype) -> str:
     forced = os.environ.get(ENGINE_VARIABLE)
     name = forced or name
     if name == "auto":
-        suited = (n for n in ENGINES if not (_missing(n) or _unsuited(n, device, dtype)))
+        suited = (n for n in ENGINES if not _why_not(n, device, dtype))
         name = next(n for n in suited if n != "triton" or device.type == "cuda")  # elsewhere it is interpreted: slow
         _log_choice(name, device.type)
         if device.type == "cuda" and name != "triton" and dtype != torch.float64:
-            _log_fallback(name, str(_missing("triton") or _unsuited("triton", device, dtype)))
+            _log_fallback(name, str(_why_not("triton", device, dtype)))
         _load(name)
         return name
     source = f" (from the environment variable {ENGINE_VARIABLE})" if forced else ""
     if name not in ENGINES:
         raise ValueError(f"unknown scan engine {name!r}{source}: expected 'auto' or one of {', '.join(ENGINES)}.")
-    reason = _missing(name) or _unsuited(name, device, dtype)
+    reason = _why_not(name, device, dtype)
     if reason:
         usable = [n for n, why in available_engines(device, dtype).items() if why is None]
         raise RuntimeError(f"scan engine {name!r}{source} is not available: {reason}. Usable here: {usable}.")

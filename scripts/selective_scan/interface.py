@@ -50,7 +50,7 @@ def selective_scan(
         delta_bias: (d,) added to delta, or None.
         delta_softplus: softplus of delta, after the bias.
         return_last_state: also return the last state, which carries no gradient.
-        engine: ``"auto"``, ``"reference"``, ``"chunked"``, ``"numba"`` or ``"mamba_ssm"``. The environment variable
+        engine: ``"auto"`` or one of ``ENGINES``, see :py:func:`available_engines`. The environment variable
             ``SEGRESMAMBA_SCAN``, where set, stands above it.
 
     Returns:
@@ -155,8 +155,8 @@ def _check(u, delta, A, B, C, D, z, delta_bias) -> None:
         )
     batch, length, d = u.shape
     n = A.shape[1]
-    if length == 0:
-        raise ValueError("the sequence is empty.")
+    if 0 in (batch, length, d, n):
+        raise ValueError(f"nothing to scan: batch {batch}, length {length}, d {d}, n {n}; none may be 0, nor empty.")
     for name, x, shape in (
         ("delta", delta, (batch, length, d)),
         ("A", A, (d, n)),

@@ -65,6 +65,11 @@ def oriented_mixer(
             f"xz must be (batch, L, 2 d) and the parameters (K = {len(orders)} orders, d, ...), got "
             f"{tuple(xz.shape)} and {tuple(conv_weight.shape)}."
         )
+    if 0 in (*xz.shape, conv_weight.shape[2], dt_proj_weight.shape[2], A.shape[2]):
+        raise ValueError(
+            f"nothing to scan: xz {tuple(xz.shape)}, taps {conv_weight.shape[2]}, dt_rank {dt_proj_weight.shape[2]}, "
+            f"n {A.shape[2]}; none may be empty, nor 0."
+        )
     indices = [index_for(order, spatial_shape, xz.shape[1], xz.device) for order in orders]
     module = resolve_engine(engine, xz.device, torch.promote_types(xz.dtype, A.dtype))
     if hasattr(module, "mixer") and conv_weight.shape[1] % module.MIXER_MULTIPLE == 0:

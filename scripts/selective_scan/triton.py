@@ -48,13 +48,15 @@ def scan(
     the chunks again from the right states; softplus, bias, ``D u`` and the gate fused, states in float32. Arguments and
     returns as :py:func:`.reference.scan`.
 
+    A chunk is 64 tokens: where states grow (A > 0), they must not grow more than 2^127 times within one.
+
     Autograd keeps the inputs, and the chunks' first states: 4 * n * d / 64 bytes a token.
     """
     D = A.new_zeros(A.shape[0], dtype=torch.float32) if D is None else D.float()
     bias = torch.zeros_like(D) if delta_bias is None else delta_bias.float()
     A, D, bias = (x.unsqueeze(0) for x in (A.float(), D, bias))
     y, starts = _scan(u, delta, A, B, C, D, z, bias, delta_softplus, _int32(index))
-    return y, starts[:, -1].transpose(1, 2)
+    return y, starts[:, -1].transpose(1, 2).contiguous()  # a copy, since ``starts`` holds every chunk's state
 
 
 def mixer(
@@ -80,7 +82,7 @@ def mixer(
     weight = conv_weight.float().transpose(1, 2).contiguous()
     matrices = (x_proj_weight.to(xz.dtype), dt_proj_weight.to(xz.dtype))
     vectors = (dt_proj_bias.float(), A.float(), D.float())
-    return _mixer(xz.contiguous(), weight, conv_bias.float(), *matrices, *vectors, index, inverse)[0]
+    return _mixer(xz.contiguous(), weight, conv_bias.float().contiguous(), *matrices, *vectors, index, inverse)[0]
 
 
 def _orders(
@@ -102,7 +104,7 @@ def _stacked(indices, length, device) -> tuple[torch.Tensor, torch.Tensor]:
         return index.to(torch.int32), inverse.to(torch.int32)
 
 
-_cached_stacked = lru_cache(maxsize=64)(_stacked)  # tensors are looked up by identity
+_cached_stacked = lru_cache(maxsize=16)(_stacked)  # tensors are looked up by identity
 
 
 def _int32(index: torch.Tensor | None) -> torch.Tensor | None:
@@ -262,7 +264,7 @@ def _mixer_backward(
         kernels.conv_backward_pre[grid](
             xz, conv_weight, conv_bias, _or(index, xz), du, dweight, dbias, *sizes, **constants
         )
-        kernels.conv_backward_input[(grid[0], batch)](
+        kernels.conv_backward_input[(grid[0] // K,)](
             conv_weight, _or(index, xz), _or(inverse, xz), du, dxz, batch, K, length, d, taps, chunks, **constants
         )
     return [dxz, dweight.sum(1), dbias.sum(1), dx_proj, ddt_proj, dt_bias_gradient, dA, dD]
@@ -275,9 +277,12 @@ def _(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, index, inverse
 
 def _setup_mixer(ctx, inputs, output):
     ctx.save_for_backward(*inputs, *output[1:])
+    ctx.set_materialize_grads(False)
 
 
 def _backward_mixer(ctx, dout, *_):
+    if dout is None:
+        return (None,) * 10
     return *_mixer_backward(*ctx.saved_tensors, dout), None, None
 
 
@@ -345,13 +350,13 @@ class _Scan:
         dz = torch.empty_like(self.z) if self.gated else du
         # Sums over channels: as few parts, which take memory, as keep the GPU busy.
         blocks = -(-(self.d // self.groups) // _CHANNELS)
-        parts = min(blocks, -(-_PROGRAMS // (self.rows * self.chunks * self.groups)))
-        blocks = -(-blocks // parts)
+        blocks_of_part = -(-blocks // min(blocks, -(-_PROGRAMS // (self.rows * self.chunks * self.groups))))
+        parts = -(-blocks // blocks_of_part)
         dB, dC = (torch.empty((parts, self.rows, self.length, self.groups, self.n), **like) for _ in range(2))
         dD = torch.empty((self.rows, self.chunks, self.d), **like)
-        kernels.scan_gradients[(self.chunks * self.groups * parts, self.rows)](
+        kernels.scan_gradients[(self.rows * self.chunks * self.groups * parts,)](
             u, delta, bias, A2, B, C, self.D, self.z, self.index, starts, dy, gradients, du, ddelta, dz, dB, dC, dD,
-            self.batch, len(dy), self.rows, *self.sizes, *self.columns, parts, blocks, **self.constants,
+            self.batch, len(dy), self.rows, *self.sizes, *self.columns, parts, blocks_of_part, **self.constants,
         )  # fmt: skip
         K = len(A2)
         dA = gradients.view(K, -1, self.n, self.d).sum(1).transpose(1, 2).contiguous()
@@ -367,8 +372,8 @@ class _Scan:
         )  # fmt: skip
         return ends, sums
 
-    def _chunk_grid(self) -> tuple[int, int]:
-        return -(-self.n * self.d // _ELEMENTS), self.rows
+    def _chunk_grid(self) -> tuple[int]:
+        return (self.rows * -(-self.n * self.d // _ELEMENTS),)
 
 
 def _mixer_scan(u, packed, dt_proj, dt_bias, A, D, index) -> _Scan:
@@ -391,9 +396,9 @@ def _convolve(xz, weight, bias, index) -> torch.Tensor:
     return u
 
 
-def _grid(rows: int, length: int, d: int, groups: int = 1) -> tuple[int, tuple[int, int]]:
+def _grid(rows: int, length: int, d: int, groups: int = 1) -> tuple[int, tuple[int]]:
     chunks = -(-length // _STEPS)
-    return chunks, (chunks * groups * -(-(d // groups) // _CHANNELS), rows)
+    return chunks, (rows * chunks * groups * -(-(d // groups) // _CHANNELS),)
 
 
 def _shape(index: torch.Tensor | None, elements: int) -> dict[str, int]:

@@ -51,6 +51,18 @@ def _after(a1, b1, a2, b2):
 
 
 @triton.jit
+def _after_keeping(a1, b1, p1, a2, b2, p2):
+    """As ``_after``; p is what a state has from the one before it, which ``state - input`` would round away."""
+    return a2 * a1, a2 * b1 + b2, a2 * b1 + p2
+
+
+@triton.jit
+def _rest(s1, e1, s2, e2):
+    """On the walk back, the sum, and the sum without the first, which ``sum - first`` would round away."""
+    return s1 + s2, s1 + e2
+
+
+@triton.jit
 def _before(a1, b1, c1, a2, b2, c2):
     """
     Segments of the walk back, the right one (1) met first. A segment maps the gradient that enters it, times the decay
@@ -62,14 +74,14 @@ def _before(a1, b1, c1, a2, b2, c2):
 
 @triton.jit
 def _place(d, g, n, chunks, W: tl.constexpr):
-    """What a program of the grid (chunks * channel blocks, rows) is for: chunk, channel block, row, group, channels."""
+    """What a program of the grid (R * chunks * channel blocks,) is for: chunk, channel block, row, group, channels."""
     blocks_of_group = tl.cdiv(d // g, W)
     blocks = blocks_of_group * g
     program = tl.program_id(0)
-    chunk, block = program // blocks, program % blocks
+    r, chunk, block = program // (blocks * chunks), program // blocks % chunks, program % blocks
     group = block // blocks_of_group
     channels = group * (d // g) + block % blocks_of_group * W + tl.arange(0, W)
-    return chunk.to(tl.int64), block, tl.program_id(1).to(tl.int64), group, channels, channels < (group + 1) * (d // g)
+    return chunk.to(tl.int64), block, r.to(tl.int64), group, channels, channels < (group + 1) * (d // g)
 
 
 @triton.jit
@@ -107,7 +119,7 @@ def chunk_ends(
     at = token[:, None] * d + channels[None, :]
     dt, _ = _step_sizes(delta + r * L * d, bias, at, mask, k, d, channels, valid, SOFTPLUS)
     x = dt * tl.load(u + r * L * d + at, mask=mask, other=0.0).to(tl.float32)
-    rest = tl.cumsum(dt, axis=0, reverse=True) - dt  # of the steps that follow
+    _, rest = tl.associative_scan((dt, tl.zeros((T, W), dtype=tl.float32)), 0, _rest, reverse=True)
     tl.store(sums + (r * chunks + chunk) * d + channels, tl.sum(dt, axis=0), mask=valid)
     rows = B + (r * L * g + group) * b_columns + token * (g * b_columns)
     for s in range(n):
@@ -120,9 +132,10 @@ def chunk_ends(
 @triton.jit
 def chunk_starts(A2, ends, sums, starts, batch, d, n, chunks, T: tl.constexpr, W: tl.constexpr):
     """Second pass: the state at each chunk's start, and after the last, (R, chunks + 1, n, d). T counts chunks."""
-    r = tl.program_id(1).to(tl.int64)
+    programs = tl.cdiv(n * d, W)
+    r = (tl.program_id(0) // programs).to(tl.int64)
     k = r // batch
-    element = tl.program_id(0) * W + tl.arange(0, W)  # of (n, d)
+    element = tl.program_id(0) % programs * W + tl.arange(0, W)  # of (n, d)
     valid = element < n * d
     a = tl.load(A2 + k * n * d + element, mask=valid, other=0.0)
     state = tl.zeros((W,), dtype=tl.float32)
@@ -211,9 +224,10 @@ def chunk_carries(
 @triton.jit
 def chunk_gradients(A2, carries, sums, gradients, batch, d, n, chunks, T: tl.constexpr, W: tl.constexpr):
     """Second pass: the gradient of the state at each chunk's end (R, chunks, n, d). T counts chunks."""
-    r = tl.program_id(1).to(tl.int64)
+    programs = tl.cdiv(n * d, W)
+    r = (tl.program_id(0) // programs).to(tl.int64)
     k = r // batch
-    element = tl.program_id(0) * W + tl.arange(0, W)  # of (n, d)
+    element = tl.program_id(0) % programs * W + tl.arange(0, W)  # of (n, d)
     valid = element < n * d
     a = tl.load(A2 + k * n * d + element, mask=valid, other=0.0)
     gradient = tl.zeros((W,), dtype=tl.float32)
@@ -242,11 +256,11 @@ def scan_gradients(
     """
     Third pass: du, ddelta, dz (R, L, d); sums over channels dB, dC (parts, R, L, g, n); each chunk's part of dD (R,
     chunks, d), and of dA in the place of ``gradients`` (R, chunks, n, d). No atomics: a program goes through the
-    ``blocks`` channel blocks of its part one after the other. The grid is (chunks * g * parts, R).
+    ``blocks`` channel blocks of its part one after the other. The grid is (R * chunks * g * parts,).
     """
     program = tl.program_id(0)
     part, group = (program % parts).to(tl.int64), program // parts % g
-    chunk, r = (program // (parts * g)).to(tl.int64), tl.program_id(1).to(tl.int64)
+    chunk, r = (program // (parts * g) % chunks).to(tl.int64), (program // (parts * g * chunks)).to(tl.int64)
     k = r // batch
     row, row_dy = r * L * d, r % dy_rows * L * d
     token, live = _tokens(index, k, chunk, L, ORDERED, WIDE, T)
@@ -276,8 +290,8 @@ def scan_gradients(
             b = tl.load(rows_b + s, mask=live, other=0.0).to(tl.float32)[:, None]
             c = tl.load(rows_c + s, mask=live, other=0.0).to(tl.float32)[:, None]
             decay = tl.exp2(a[None, :] * dt)
-            h = x * b + tl.where(first, decay * start[None, :], 0.0)
-            _, h = tl.associative_scan((decay, h), 0, _after)
+            kept = tl.where(first, decay * start[None, :], 0.0)
+            _, h, kept = tl.associative_scan((decay, x * b + kept, kept), 0, _after_keeping)
             g_h = g_y * c + tl.where(last, end[None, :], 0.0)
             _, g_h, _ = tl.associative_scan((tl.full((T, W), 1.0, tl.float32), g_h, decay), 0, _before, reverse=True)
             if GATED:
@@ -289,7 +303,7 @@ def scan_gradients(
             tl.store(rows_db + s, db, mask=live)
             tl.store(rows_dc + s, dc, mask=live)
             g_x += g_h * b
-            g_decay = g_h * (h - x * b)  # times the decay: the state before it, decayed, is the state less what came in
+            g_decay = g_h * kept  # times the decay
             g_dt += g_decay * a[None, :]
             tl.store(gradients + at_chunk, tl.sum(g_decay * dt, axis=0), mask=valid)
         g_dt = g_dt * LN2 + g_x * u_
@@ -337,7 +351,7 @@ def conv_forward(
 ):  # fmt: skip
     """
     Causal depthwise convolution along each order and SiLU: xz (batch, L, 2 d), of which the first d channels are taken,
-    weight (K, taps, d), bias (K, d) to u (K, batch, L, d). The grid is (chunks * channel blocks, K * batch).
+    weight (K, taps, d), bias (K, d) to u (K, batch, L, d). The grid is (K * batch * chunks * channel blocks,).
     """
     chunk, _, r, _, channels, valid = _place(d, 1, 1, chunks, W)
     k, b = r // batch, r % batch
@@ -386,8 +400,8 @@ def conv_backward_input(
     ORDERED: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """
-    Second half: dpre (K, batch, L, d) to the first d channels of dxz (batch, L, 2 d). The grid is (chunks of tokens *
-    channel blocks, batch).
+    Second half: dpre (K, batch, L, d) to the first d channels of dxz (batch, L, 2 d). The grid is (batch * chunks of
+    tokens * channel blocks,).
     """
     chunk, _, b, _, channels, valid = _place(d, 1, 1, chunks, W)
     token = chunk * T + tl.arange(0, T)
