@@ -270,6 +270,10 @@ class TestAgainstReference:
         check(engine, arguments(batch, d, n, 70, groups), delta_softplus=True)
 
     @pytest.mark.parametrize("engine", FAST)
+    def test_256_states(self, engine):
+        check(engine, arguments(1, 4, 256, 70, with_z=False), delta_softplus=True)
+
+    @pytest.mark.parametrize("engine", FAST)
     @pytest.mark.parametrize("with_D", [False, True])
     @pytest.mark.parametrize("with_z", [False, True])
     @pytest.mark.parametrize("with_bias", [False, True])
