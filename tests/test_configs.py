@@ -36,6 +36,8 @@ from scripts.phantom import PHANTOM_CLASSES, make_phantom
 from tests.conftest import BUNDLE_ROOT, TINY
 
 CONFIGS = BUNDLE_ROOT / "configs"
+NETWORKS = sorted(f"networks/{file.name}" for file in (CONFIGS / "networks").iterdir())
+OVERLAYS = [*sorted(f"tasks/{file.name}" for file in (CONFIGS / "tasks").iterdir()), *NETWORKS]
 INFERENCE = {
     key: TINY[key] for key in ("channels", "depths", "full_resolution_skip", "patch_size", "device", "spacing")
 }
@@ -130,6 +132,20 @@ def test_two_processes_train_alike(tmp_path, phantom_dir, run_bundle):
     assert not any(key.startswith("module.") for key in torch.load(tmp_path / "model.pt", weights_only=True))
     assert (tmp_path / "last.pt").is_file()
     assert result.stdout.count("Key metric: val_mean_dice") == 1  # one process reports
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_every_network_trains_and_segments(network, tmp_path, phantom_dir, workflow):
+    """At its real width, on a few voxels."""
+    own = ("channels", "depths", "full_resolution_skip")
+    settings = {key: value for key, value in TINY.items() if key not in own}
+    settings |= {"patch_size": [16, 16, 16], "spacing": [12.0, 12.0, 12.0], "max_epochs": 1, "batch_size": 4}
+    settings |= {"dataset_dir": str(phantom_dir), "ckpt_dir": str(tmp_path / "models"), "output_dir": str(tmp_path)}
+    workflow(["train", "tasks/phantom.yaml", network], **settings).run()
+    for key in ("num_folds", "batch_size", "max_epochs", "val_interval", "check_data"):
+        settings.pop(key)
+    workflow(["inference", "tasks/phantom.yaml", network], "inference", **settings).run()
+    assert len(list(tmp_path.glob("*_seg.nii.gz"))) == 2
 
 
 # --- geometry of the label maps ---------------------------------------------------------------------------------------
@@ -251,9 +267,7 @@ def test_metadata():
     assert [channel_def[str(k)] for k in range(len(channel_def))] == parser["class_names#default"]
 
 
-@pytest.mark.parametrize(
-    "overlay", ["evaluate.json", "multi_gpu_train.json", "tasks/hippocampus.yaml", "tasks/phantom.yaml"]
-)
+@pytest.mark.parametrize("overlay", ["evaluate.json", "multi_gpu_train.json", *OVERLAYS])
 def test_overlays_change_what_is_there(overlay):
     """An overlay's keys are those of train.json, save for the few that it adds, so that none is a slip of the pen."""
     added = {
