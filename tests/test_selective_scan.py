@@ -258,13 +258,12 @@ class TestEngines:
 
 
 class TestAgainstReference:
-    @pytest.mark.parametrize("engine", FAST)
-    @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 1000])
+    @pytest.mark.parametrize("engine, length", pairs([1, 2, 63, 64, 65, 1000], interpreted=[1, 63, 65, 130]))
     @pytest.mark.parametrize("batch, d, n, groups", [(1, 16, 16, None), (2, 40, 4, 2)])
     def test_lengths(self, engine, length, batch, d, n, groups):
         check(engine, arguments(batch, d, n, length, groups), delta_softplus=True)
 
-    @pytest.mark.parametrize("engine, d", pairs([4, 16, 40, 96, 130], interpreted=[4, 40]))
+    @pytest.mark.parametrize("engine, d", pairs([4, 16, 40, 96, 130], interpreted=[40]))
     @pytest.mark.parametrize("n, batch, groups", [(1, 1, None), (4, 3, 2), (16, 2, None), (24, 1, 2), (16, 1, 1)])
     def test_widths(self, engine, d, n, batch, groups):
         check(engine, arguments(batch, d, n, 70, groups), delta_softplus=True)
@@ -519,7 +518,7 @@ class TestOrders:
         assert order_index("reverse", (2, 2, 3), device).tolist() == raster[::-1]
         assert order_index("inter_slice", (2, 2, 3), device).tolist() == inter_slice
 
-    @pytest.mark.parametrize("engine", ENGINES)
+    @pytest.mark.parametrize("engine", [*NATIVE, "reference"])
     def test_many_volumes_of_the_same_length(self, engine):
         # more than any cache of indices holds: none may be mistaken for another
         length = 120
@@ -792,14 +791,14 @@ class TestMambaSSM:
 
     @pytest.mark.parametrize(
         "engine, length, groups, has, softplus, dtype",
-        [(e, *case) for case in CASES for e in ENGINES if e != "triton" or case[0] <= 256],
+        [(e, *case) for case in CASES for e in ENGINES if e != "triton" or case[0] <= 128],
     )
     def test_against_the_documented_formula(self, engine, length, groups, has, softplus, dtype):
         self.compare(formula, engine, length, groups, has, softplus, dtype)
 
     @pytest.mark.parametrize(
         "engine, length, groups, has, softplus, dtype",
-        [(e, *case) for case in CASES for e in ENGINES if e != "triton" or case[0] <= 256],
+        [(e, *case) for case in CASES for e in ENGINES if e != "triton" or case[0] <= 128],
     )
     def test_against_the_package(self, engine, length, groups, has, softplus, dtype, selective_scan_ref):
         self.compare(selective_scan_ref, engine, length, groups, has, softplus, dtype)
@@ -862,7 +861,7 @@ def test_mixer_takes_parameters_that_are_not_contiguous(engine):
     torch.testing.assert_close(oriented_mixer(**strided, **options), oriented_mixer(**tensors, **options))
 
 
-@pytest.mark.parametrize("engine, d", pairs([32, 48, 20], interpreted=[32, 20]))
+@pytest.mark.parametrize("engine, d", pairs([32, 48, 20], interpreted=[20]))
 @pytest.mark.parametrize("size", [(3, 5, 7), (1, 1, 2), (13, 5, 2)], ids=str)
 def test_mixer_of_every_engine_agrees_with_the_reference(engine, d, size):
     tensors = mixer_arguments(d, size)

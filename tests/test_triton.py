@@ -102,7 +102,7 @@ class TestWithoutAGPU:
         from scripts.selective_scan import triton as engine
 
         layer = ToM(24, scan_engine="triton").to(DEVICE)
-        x, results = torch.randn(1, 24, 3, 4, 7, device=DEVICE), []
+        x, results = torch.randn(1, 24, 2, 3, 4, device=DEVICE), []
         for programs in (1, 4096):
             monkeypatch.setattr(engine, "_PROGRAMS", programs)
             layer.zero_grad()
