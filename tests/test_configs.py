@@ -148,6 +148,17 @@ def test_every_network_trains_and_segments(network, tmp_path, phantom_dir, workf
     assert len(list(tmp_path.glob("*_seg.nii.gz"))) == 2
 
 
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_page_on_networks_has_their_parameters(network):
+    page = (BUNDLE_ROOT / "docs" / "networks.md").read_text()
+    (row,) = (line for line in page.splitlines() if line.startswith(f"| `{Path(network).name}` |"))
+    parser = ConfigParser({**ConfigParser.load_config_files([CONFIGS / "train.json", CONFIGS / network])})
+    parser.update({"bundle_root": str(BUNDLE_ROOT), "num_classes": 9, "in_channels": 1})
+    with torch.device("meta"):
+        made = parser.get_parsed_content("network_def")
+    assert f"{sum(p.numel() for p in made.parameters()) / 1e6:.2f} M" in row
+
+
 # --- geometry of the label maps ---------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import subprocess
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ def gpu(
         raise RuntimeError(f"no CUDA device is here, so nothing can be measured on {device!r}.")
     torch.manual_seed(0)
     bench = _Bench(torch.device(device), rounds, tiny)
-    results: dict[str, Any] = {"machine": bench.machine(), "ceilings": bench.ceilings()}
+    results: dict[str, Any] = {"machine": bench.machine, "ceilings": bench.ceilings()}
     results["scan"], results["tom"], results["networks"] = bench.scan(), bench.tom(), bench.networks()
     write_results(results, _markdown(results), f"gpu-{name or file_name(results['machine']['gpu'])}", output_dir)
 
@@ -72,6 +72,7 @@ class _Bench:
         self.cuda = device.type == "cuda"
         self.engines = [e for e in _ENGINES if available_engines(device)[e] is None and (self.cuda or e != "triton")]
 
+    @cached_property
     def machine(self) -> dict[str, str | int]:
         machine = {"gpu": "none (a trial on the CPU)", **versions()}
         if self.cuda:
@@ -97,7 +98,7 @@ class _Bench:
         source = torch.empty(2**28, device=self.device)
         target = torch.empty_like(source)
         seconds = self.time("copy", {"copy": lambda: target.copy_(source)}, self.rounds)["copy"]["median"]
-        machine = self.machine()
+        machine = self.machine
         rate = int(machine["multiprocessors"]) * _SFU_LANES * int(machine["largest clock, MHz"]) * 1e6
         return {"bytes": 2 * source.nbytes / seconds, "exponentials": rate}
 

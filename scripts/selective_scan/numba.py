@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from . import numba_kernels as kernels
+from .orders import order_steps
 from .threads import run_shares
 
 __all__ = ["MIXER_MULTIPLE", "mixer", "scan"]
@@ -268,16 +268,10 @@ def _array(x: torch.Tensor) -> np.ndarray:
     return x.detach().contiguous().numpy()
 
 
-@lru_cache(maxsize=64)
-def _steps(indices: tuple[torch.Tensor | None, ...], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """
-    The orders as int32 arrays (K, L): the token at each step, and the step of each token. Tensors are looked up by
-    identity, and the cache keeps those it knows alive.
-    """
-    plain = torch.arange(length)
-    index = torch.stack([plain if i is None else i for i in indices])
-    inverse = torch.empty_like(index).scatter_(1, index, plain.expand_as(index))
-    return index.to(torch.int32).numpy(), inverse.to(torch.int32).numpy()
+def _steps(indices: Sequence[torch.Tensor | None], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """:py:func:`order_steps` as arrays."""
+    index, inverse = order_steps(indices, length, torch.device("cpu"))
+    return index.numpy(), inverse.numpy()
 
 
 def _threads() -> int:

@@ -65,6 +65,38 @@ def _order_index(order: str, spatial_shape: tuple[int, ...], device: torch.devic
 _cached_order_index = lru_cache(maxsize=64)(_order_index)
 
 
+def order_steps(
+    indices: Sequence[torch.Tensor | None], length: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Several scan orders in the form that kernels read. Cached; the indices are looked up by identity.
+
+    Args:
+        indices: K indices of :py:func:`order_index`, None for the raster order.
+        length: number of tokens L.
+        device: where the result is wanted.
+
+    Returns:
+        int32 (K, L) each: the token at each step of an order, and the step of each token.
+    """
+    if torch.compiler.is_compiling():  # as above
+        return _order_steps(tuple(indices), length, device)
+    return _cached_order_steps(tuple(indices), length, device)
+
+
+def _order_steps(
+    indices: tuple[torch.Tensor | None, ...], length: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.inference_mode(False):
+        plain = torch.arange(length, device=device)
+        index = torch.stack([plain if i is None else i for i in indices])
+        inverse = torch.empty_like(index).scatter_(1, index, plain.expand_as(index))
+        return index.to(torch.int32), inverse.to(torch.int32)
+
+
+_cached_order_steps = lru_cache(maxsize=16)(_order_steps)
+
+
 def index_for(
     order: str | None, spatial_shape: Sequence[int] | None, length: int, device: torch.device
 ) -> torch.Tensor | None:

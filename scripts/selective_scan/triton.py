@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import triton
 
 from . import triton_kernels as kernels
+from .orders import order_steps
 
 __all__ = ["MIXER_MULTIPLE", "mixer", "scan"]
 
@@ -78,33 +78,13 @@ def mixer(
     the sum + K (dt_rank + 2 n) for dt, B and C) + K n d / 16 for the chunks' first states. The convolution, dt_proj
     and the scan are recomputed.
     """
-    index, inverse = _orders(indices, xz.shape[1], xz.device)
+    index = inverse = None  # all orders are the raster's
+    if any(i is not None for i in indices):
+        index, inverse = order_steps(indices, xz.shape[1], xz.device)
     weight = conv_weight.float().transpose(1, 2).contiguous()
     matrices = (x_proj_weight.to(xz.dtype), dt_proj_weight.to(xz.dtype))
     vectors = (dt_proj_bias.float(), A.float(), D.float())
     return _mixer(xz.contiguous(), weight, conv_bias.float().contiguous(), *matrices, *vectors, index, inverse)[0]
-
-
-def _orders(
-    indices: Sequence[torch.Tensor | None], length: int, device: torch.device
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The orders (K, L), int32: the token at each step, and the step of each token; None where all are the raster's."""
-    if all(i is None for i in indices):
-        return None, None
-    if torch.compiler.is_compiling():  # what a tracer makes must not stay in the cache
-        return _stacked(tuple(indices), length, device)
-    return _cached_stacked(tuple(indices), length, device)
-
-
-def _stacked(indices, length, device) -> tuple[torch.Tensor, torch.Tensor]:
-    with torch.inference_mode(False):
-        plain = torch.arange(length, device=device)
-        index = torch.stack([plain if i is None else i for i in indices])
-        inverse = torch.empty_like(index).scatter_(1, index, plain.expand_as(index))
-        return index.to(torch.int32), inverse.to(torch.int32)
-
-
-_cached_stacked = lru_cache(maxsize=16)(_stacked)  # tensors are looked up by identity
 
 
 def _int32(index: torch.Tensor | None) -> torch.Tensor | None:
@@ -390,9 +370,7 @@ def _convolve(xz, weight, bias, index) -> torch.Tensor:
     u = xz.new_empty(K, batch, length, d)
     chunks, grid = _grid(K * batch, length, d)
     constants = _shape(index, length * 2 * d)
-    kernels.conv_forward[grid](
-        xz, weight, bias, _or(index, xz), u, batch, length, d, taps, chunks, **constants
-    )  # fmt: skip
+    kernels.conv_forward[grid](xz, weight, bias, _or(index, xz), u, batch, length, d, taps, chunks, **constants)
     return u
 
 

@@ -73,15 +73,15 @@ def _before(a1, b1, c1, a2, b2, c2):
 
 
 @triton.jit
-def _place(d, g, n, chunks, W: tl.constexpr):
-    """What a program of the grid (R * chunks * channel blocks,) is for: chunk, channel block, row, group, channels."""
+def _place(d, g, chunks, W: tl.constexpr):
+    """What a program of the grid (R * chunks * channel blocks,) is for: chunk, row, group, channels."""
     blocks_of_group = tl.cdiv(d // g, W)
     blocks = blocks_of_group * g
     program = tl.program_id(0)
     r, chunk, block = program // (blocks * chunks), program // blocks % chunks, program % blocks
     group = block // blocks_of_group
     channels = group * (d // g) + block % blocks_of_group * W + tl.arange(0, W)
-    return chunk.to(tl.int64), block, r.to(tl.int64), group, channels, channels < (group + 1) * (d // g)
+    return chunk.to(tl.int64), r.to(tl.int64), group, channels, channels < (group + 1) * (d // g)
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def chunk_ends(
     SOFTPLUS: tl.constexpr, ORDERED: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """First pass: each chunk's end state (R, chunks, n, d) if it begins at zero, and sum of dt (R, chunks, d)."""
-    chunk, block, r, group, channels, valid = _place(d, g, n, chunks, W)
+    chunk, r, group, channels, valid = _place(d, g, chunks, W)
     k = r // batch
     token, live = _tokens(index, k, chunk, L, ORDERED, WIDE, T)
     mask = live[:, None] & valid[None, :]
@@ -161,7 +161,7 @@ def scan_apply(
     T: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Third pass: y (R, L, d), from the chunks' starts."""
-    chunk, block, r, group, channels, valid = _place(d, g, n, chunks, W)
+    chunk, r, group, channels, valid = _place(d, g, chunks, W)
     k = r // batch
     token, live = _tokens(index, k, chunk, L, ORDERED, WIDE, T)
     mask = live[:, None] & valid[None, :]
@@ -205,7 +205,7 @@ def chunk_carries(
     T: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """First pass of the backward: the gradient of each chunk's start by the chunk's own outputs (R, chunks, n, d)."""
-    chunk, block, r, group, channels, valid = _place(d, g, n, chunks, W)
+    chunk, r, group, channels, valid = _place(d, g, chunks, W)
     k = r // batch
     token, live = _tokens(index, k, chunk, L, ORDERED, WIDE, T)
     mask = live[:, None] & valid[None, :]
@@ -303,7 +303,7 @@ def scan_gradients(
             tl.store(rows_db + s, db, mask=live)
             tl.store(rows_dc + s, dc, mask=live)
             g_x += g_h * b
-            g_decay = g_h * kept  # times the decay
+            g_decay = g_h * kept  # the decay's gradient times the decay
             g_dt += g_decay * a[None, :]
             tl.store(gradients + at_chunk, tl.sum(g_decay * dt, axis=0), mask=valid)
         g_dt = g_dt * LN2 + g_x * u_
@@ -353,7 +353,7 @@ def conv_forward(
     Causal depthwise convolution along each order and SiLU: xz (batch, L, 2 d), of which the first d channels are taken,
     weight (K, taps, d), bias (K, d) to u (K, batch, L, d). The grid is (K * batch * chunks * channel blocks,).
     """
-    chunk, _, r, _, channels, valid = _place(d, 1, 1, chunks, W)
+    chunk, r, _, channels, valid = _place(d, 1, chunks, W)
     k, b = r // batch, r % batch
     x = _convolved(xz, weight, bias, index, k, b, chunk, channels, valid, L, d, taps, ORDERED, WIDE, T, W)
     token, live = _tokens(index, k, chunk, L, ORDERED, WIDE, T)
@@ -370,7 +370,7 @@ def conv_backward_pre(
     First half of its backward: du (K, batch, L, d) becomes the gradient before SiLU, in place; each chunk's part of
     dweight (K, batch, chunks, taps, d) and dbias (K, batch, chunks, d). Grid as above.
     """
-    chunk, _, r, _, channels, valid = _place(d, 1, 1, chunks, W)
+    chunk, r, _, channels, valid = _place(d, 1, chunks, W)
     k, b = r // batch, r % batch
     x = _convolved(xz, weight, bias, index, k, b, chunk, channels, valid, L, d, taps, ORDERED, WIDE, T, W)
     token, live = _tokens(index, k, chunk, L, ORDERED, WIDE, T)
@@ -403,7 +403,7 @@ def conv_backward_input(
     Second half: dpre (K, batch, L, d) to the first d channels of dxz (batch, L, 2 d). The grid is (batch * chunks of
     tokens * channel blocks,).
     """
-    chunk, _, b, _, channels, valid = _place(d, 1, 1, chunks, W)
+    chunk, b, _, channels, valid = _place(d, 1, chunks, W)
     token = chunk * T + tl.arange(0, T)
     live = token < L
     x = tl.zeros((T, W), dtype=tl.float32)
