@@ -92,7 +92,7 @@ def _log_choice(name: str, device_type: str) -> None:
 
 @cache
 def _log_fallback(name: str, reason: str) -> None:
-    logger.warning("selective scan on cuda: engine %r is slower than 'triton', which is not used: %s", name, reason)
+    logger.warning("selective scan on cuda: engine %r stands in for 'triton', which is not used: %s", name, reason)
 
 
 def available_engines(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
