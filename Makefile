@@ -5,6 +5,8 @@ VENV ?= .venv
 # For example: make test PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_OPTIONS ?=
 DEMO ?= demo
+# Processes of make test; most tests keep one core busy.
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -19,7 +21,7 @@ help:
 	@echo "make demo   train, evaluate and infer on synthetic phantoms; prints Dice and the paths of pictures"
 	@echo "make test   all tests"
 	@echo "make lint   style and types"
-	@echo "make bench  what the scan engines and the network cost on this CPU; writes docs/benchmarks"
+	@echo "make bench  what the scan engines and the networks cost on this CPU; writes docs/benchmarks"
 	@echo "make gpu-bench  the same on a CUDA GPU, beside MONAI's networks"
 	@echo "make clean  remove $(DEMO)/, caches and $(VENV)/"
 
@@ -46,7 +48,7 @@ $(TESTABLE): $(INSTALLED)
 		--no-build-isolation --no-deps mamba-ssm==2.3.1 && touch $@
 
 test: $(TESTABLE)
-	$(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check scripts tests
@@ -55,6 +57,7 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m scripts.benchmark cpu
+	$(BIN)/python -m scripts.benchmark efficiency --device cpu
 
 gpu-bench: $(INSTALLED)
 	$(BIN)/python -m scripts.benchmark gpu

@@ -9,21 +9,23 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What a network of this bundle costs: the multiply-accumulates the paper counted, and those it did not see."""
+"""What a network costs: the multiply-accumulates the papers counted, those they did not see, and its parameters."""
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.segresmamba import InstanceNorm, SegResMamba
 from scripts.tri_orientated_mamba import ToM
 
-__all__ = ["paper_macs", "parameter_counts", "tom_macs"]
+__all__ = ["dead_parameters", "flops", "paper_macs", "parameter_counts", "tom_macs"]
 
 
 class _CountedToM(nn.Module):
@@ -50,9 +52,11 @@ class _CountedToM(nn.Module):
         return self.norm(x.movedim(1, -1)).movedim(-1, 1)
 
 
-def _skeleton(network: SegResMamba) -> nn.Module:
+def _skeleton(network: nn.Module) -> nn.Module:
     """A copy that has shapes and no values, so that it runs at any size at once, with a stand-in for each ToM."""
     skeleton = copy.deepcopy(network).to("meta").eval()
+    if isinstance(skeleton, ToM):
+        return _CountedToM(skeleton)
     for parent in list(skeleton.modules()):
         for name, child in parent.named_children():
             if isinstance(child, ToM):
@@ -60,39 +64,51 @@ def _skeleton(network: SegResMamba) -> nn.Module:
     return skeleton
 
 
-def _volume(network: SegResMamba, spatial_size: int | Sequence[int]) -> torch.Tensor:
+def _volume(in_channels: int, spatial_size: int | Sequence[int]) -> torch.Tensor:
     size = (spatial_size,) * 3 if isinstance(spatial_size, int) else tuple(spatial_size)
-    return torch.empty(1, network.in_channels, *size, device="meta")
+    return torch.empty(1, in_channels, *size, device="meta")
 
 
-def paper_macs(network: SegResMamba, spatial_size: int | Sequence[int]) -> float:
+def paper_macs(network: nn.Module, in_channels: int, spatial_size: int | Sequence[int]) -> float:
     """
-    Multiply-accumulates of one volume as ``thop`` counts them, which is how the figures of the SegResMamba paper come
-    about (Tables 1, 2, 3 and 7): convolutions, transposed ones at their output's positions, two operations an element
-    of an InstanceNorm and four of a LayerNorm. Of a ToM it counts the LayerNorm alone, since the paper's Mamba called
-    its projections and scans as functions, out of the counter's sight; :py:func:`tom_macs` has the rest.
+    Multiply-accumulates of one volume by the rules of ``thop``, which is how the figures of the SegResMamba paper come
+    about (Tables 1, 2 and 3): layers that are modules, so no attention's products of matrices; transposed convolutions
+    at their output's positions, a factor of ``stride ** 3`` too many; two operations an element of a norm, four where
+    it has weights. Of a ToM it counts the LayerNorm alone, since the paper's Mamba called its projections and scans as
+    functions, out of the counter's sight; :py:func:`tom_macs` has the rest.
+
+    Each layer is counted once. ``thop`` itself counts a layer anew for each path that leads to it, which doubles
+    MONAI's DynUNet.
 
     Args:
-        network: a :py:class:`SegResMamba`; it is copied, neither run nor changed.
+        network: any network on volumes; it is copied, neither run nor changed.
+        in_channels: channels of the volume.
         spatial_size: the volume's size (D, H, W), or one number for a cube.
 
     Raises:
         ModuleNotFoundError: when ``thop`` is not installed.
     """
     try:
-        import thop
+        from thop.profile import register_hooks
         from thop.vision.basic_hooks import count_normalization, zero_ops
     except ImportError as error:
         raise ModuleNotFoundError(
             f"counting needs thop, a development tool: pip install thop (with setuptools for its distutils): {error}"
         ) from error
     # A subclass has no rule of its own; and thop, which counts no trilinear upsampling, logs a warning for each.
-    rules = {InstanceNorm: count_normalization, nn.Upsample: zero_ops}
+    rules = {**register_hooks, InstanceNorm: count_normalization, nn.Upsample: zero_ops}
     skeleton = _skeleton(network)
-    return thop.profile(skeleton, (_volume(network, spatial_size),), custom_ops=rules, verbose=False)[0]
+    counted = {module: torch.zeros(1, dtype=torch.float64) for module in skeleton.modules() if type(module) in rules}
+    for module, total in counted.items():
+        module.register_buffer("total_ops", total)  # where the rules add to, in place
+        module.register_forward_hook(rules[type(module)])
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # thop's rules warn of their own helpers
+        skeleton(_volume(in_channels, spatial_size))
+    return sum(float(total) for total in counted.values())
 
 
-def tom_macs(network: SegResMamba, spatial_size: int | Sequence[int]) -> dict[str, int]:
+def tom_macs(network: nn.Module, in_channels: int, spatial_size: int | Sequence[int]) -> dict[str, int]:
     """
     What all ToM layers together cost for one volume, which :py:func:`paper_macs` leaves out.
 
@@ -108,7 +124,8 @@ def tom_macs(network: SegResMamba, spatial_size: int | Sequence[int]) -> dict[st
     LayerNorm, SiLU, softplus and the sum over orders are not counted.
 
     Args:
-        network: a :py:class:`SegResMamba`; it is copied, neither run nor changed.
+        network: any network on volumes; it is copied, neither run nor changed.
+        in_channels: channels of the volume.
         spatial_size: the volume's size (D, H, W), or one number for a cube.
 
     Returns:
@@ -116,7 +133,11 @@ def tom_macs(network: SegResMamba, spatial_size: int | Sequence[int]) -> dict[st
     """
     skeleton = _skeleton(network)
     with torch.no_grad():
-        skeleton(_volume(network, spatial_size))
+        skeleton(_volume(in_channels, spatial_size))
+    return _tom_macs(skeleton)
+
+
+def _tom_macs(skeleton: nn.Module) -> dict[str, int]:
     total = dict.fromkeys(("projections", "convolutions", "scans", "exponentials"), 0)
     for module in skeleton.modules():
         if isinstance(module, _CountedToM):
@@ -125,16 +146,75 @@ def tom_macs(network: SegResMamba, spatial_size: int | Sequence[int]) -> dict[st
     return total
 
 
+def flops(network: nn.Module, in_channels: int, spatial_size: int | Sequence[int]) -> dict[str, int]:
+    """
+    Floating point operations of one volume, two for a multiply-accumulate.
+
+    Args:
+        network: any network on volumes; it is copied, neither run nor changed.
+        in_channels: channels of the volume.
+        spatial_size: the volume's size (D, H, W), or one number for a cube.
+
+    Returns:
+        ``"convolutions and products"``: convolutions, transposed ones at their input's positions, linear layers and
+        attention, as PyTorch's ``FlopCounterMode`` counts them; ``"tom"``: twice :py:func:`tom_macs`, and one for each
+        exponential; ``"all"``, their sum. Norms, activations, pooling and interpolation are not counted.
+    """
+    skeleton = _skeleton(network)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        skeleton(_volume(in_channels, spatial_size))
+    tom = _tom_macs(skeleton)
+    exponentials = tom.pop("exponentials")
+    counts = {"convolutions and products": counter.get_total_flops(), "tom": 2 * sum(tom.values()) + exponentials}
+    return {**counts, "all": sum(counts.values())}
+
+
 def parameter_counts(network: nn.Module) -> dict[str, int]:
     """
-    Trainable parameters: ``"all"``, and ``"tom"``, those of its ToM layers. All are live: each takes part in the
-    output, so the paper's unused encoder (39.58 M) has no counterpart here.
+    Trainable parameters.
+
+    Args:
+        network: any network; it is not run.
+
+    Returns:
+        ``"all"``, and ``"tom"``, those of its ToM layers.
     """
 
     def count(module: nn.Module) -> int:
         return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
     return {"all": count(network), "tom": sum(count(m) for m in network.modules() if isinstance(m, ToM))}
+
+
+def dead_parameters(network: nn.Module, in_channels: int, spatial_size: int | Sequence[int]) -> list[str]:
+    """
+    Parameters that the output does not depend on: no gradient reaches them, so they are only stored. The paper's
+    SegResMamba has 39.58 M of them, an encoder that is made and not run; here every network should have none.
+
+    A ToM counts as a whole: it is live where a gradient reaches its LayerNorm, since each of its parameters then gets
+    one.
+
+    Args:
+        network: any network on volumes; it is copied, neither run nor changed.
+        in_channels: channels of the volume.
+        spatial_size: the volume's size (D, H, W), or one number for a cube.
+
+    Returns:
+        their names.
+    """
+    toms = [name for name, module in network.named_modules() if isinstance(module, ToM)]
+    skeleton = _skeleton(network)
+    output = skeleton(_volume(in_channels, spatial_size))
+    outputs = output if isinstance(output, list | tuple) else [output]
+    sum(o.sum() for o in outputs).backward()
+    with_gradient = {name for name, p in skeleton.named_parameters() if p.grad is not None}
+    with_gradient |= {f"{tom}." for tom in toms if f"{tom}.norm.weight" in with_gradient}
+    return [
+        name
+        for name, p in network.named_parameters()
+        if p.requires_grad
+        and not any(name == live or (live[-1] == "." and name.startswith(live)) for live in with_gradient)
+    ]
 
 
 def _main(
@@ -151,7 +231,8 @@ def _main(
     try:
         with torch.device("meta"):
             network = SegResMamba(3, in_channels, out_channels, **options)
-        counted, tom = paper_macs(network, spatial_size), tom_macs(network, spatial_size)
+        counted = paper_macs(network, in_channels, spatial_size)
+        tom = tom_macs(network, in_channels, spatial_size)
     except (TypeError, ValueError, ModuleNotFoundError) as error:
         raise SystemExit(f"Error: {error}") from error
     parameters = parameter_counts(network)

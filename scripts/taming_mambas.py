@@ -23,7 +23,7 @@ from scripts.tri_orientated_mamba import ToM
 
 __all__ = ["BidirectionalMambaLayer", "MambaLayer", "TamingMambas", "VARIANTS"]
 
-VARIANTS = ("SegMamba", "SegMambaSkip", "BiSegMamba", "MultiSegMamba")
+VARIANTS = ("SegMamba", "SegMambaSkip", "BiSegMamba", "MultiSegMamba", "UMambaBot", "UMambaEnc")
 MULTI_ORDERS = ("hwd", "hdw", "whd", "dwh")  # footnote 2; letters from the slowest axis to the fastest
 
 
@@ -130,6 +130,9 @@ class TamingMambas(nn.Module):
     - ``"BiSegMamba"``: the bidirectional layer in the same places.
     - ``"MultiSegMamba"``: the mean of four bidirectional layers, on four orders of the axes, in the same places.
     - ``"SegMambaSkip"``: the plain body, with a bidirectional layer in each skip connection.
+    - ``"UMambaBot"``, ``"UMambaEnc"``: two networks that the paper compares with, U-Mamba (Ma et al.,
+      arXiv:2401.04722), on the same body: after the residual blocks of the bottleneck, or of each level of the encoder,
+      LayerNorm and a Mamba block with 16 states, without skip and MLP.
 
     The defaults are the plan for Synapse (patch 48 x 192 x 192). Takes volumes of any size: upwards, what goes beyond
     the skip's size is cut off.
@@ -144,7 +147,7 @@ class TamingMambas(nn.Module):
         strides: of each level's first convolution.
         blocks: residual blocks a level, in encoder and decoder.
         mlp_ratio: see :py:class:`MambaLayer`.
-        max_d_state: a level of C channels has min(C, ``max_d_state``) states.
+        max_d_state: a level of C channels has min(C, ``max_d_state``) states (not in U-Mamba's variants).
         d_conv: taps of Mamba's convolution.
         expand: Mamba's inner width over C.
         deep_supervision: in training, also return the logits of the decoder's lower levels, at their own sizes.
@@ -187,8 +190,10 @@ class TamingMambas(nn.Module):
         def mamba(c: int, wanted: Sequence[str]) -> nn.Module:
             if variant not in wanted:
                 return nn.Identity()
-            options: dict[str, Any] = {"d_state": min(c, max_d_state), "d_conv": d_conv, "expand": expand}
-            options |= {"mlp_ratio": mlp_ratio, "scan_engine": scan_engine}
+            options: dict[str, Any] = {"d_conv": d_conv, "expand": expand, "scan_engine": scan_engine}
+            if variant in ("UMambaBot", "UMambaEnc"):
+                return ToM(c, orders=("dhw",), **options)
+            options |= {"d_state": min(c, max_d_state), "mlp_ratio": mlp_ratio}
             if variant == "SegMamba":
                 return MambaLayer(c, **options)
             if variant == "MultiSegMamba":
@@ -200,7 +205,9 @@ class TamingMambas(nn.Module):
             _blocks(before, c, kernel, step, blocks)
             for before, c, kernel, step in zip(inputs, channels, kernels, steps)
         )
-        self.mamba = nn.ModuleList(mamba(c, ("SegMamba", "BiSegMamba", "MultiSegMamba")) for c in channels)
+        everywhere = ("SegMamba", "BiSegMamba", "MultiSegMamba", "UMambaEnc")
+        self.mamba = nn.ModuleList(mamba(c, everywhere) for c in channels[:-1])
+        self.mamba.append(mamba(channels[-1], (*everywhere, "UMambaBot")))
         self.skips = nn.ModuleList(mamba(c, ("SegMambaSkip",)) for c in channels[:-1])
         self.decoder = nn.ModuleList(
             _UpStage(channels[i + 1], channels[i], kernels[i], steps[i + 1], blocks) for i in range(len(channels) - 1)

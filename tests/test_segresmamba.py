@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from scripts.complexity import paper_macs, parameter_counts, tom_macs
+from scripts.complexity import dead_parameters, flops, paper_macs, parameter_counts, tom_macs
 from scripts.segresmamba import SegResMamba
 from scripts.tri_orientated_mamba import ToM
 
@@ -92,7 +92,7 @@ class TestPaperFigures:
     )
     def test_macs(self, options, in_channels, out_channels, size, giga):
         network = paper_network(in_channels, out_channels, **options)
-        assert paper_macs(network, size) / 1e9 == pytest.approx(giga, abs=0.02)
+        assert paper_macs(network, in_channels, size) / 1e9 == pytest.approx(giga, abs=0.02)
 
     def test_default_is_the_network_of_the_tables(self):
         assert str(SegResMamba(channels=(8,) * 4)) == str(SegResMamba(channels=(8,) * 4, **TABLES))
@@ -109,7 +109,7 @@ class TestPaperFigures:
     def test_counting_leaves_the_network_as_it_was(self):
         network = make().train()
         before = copy.deepcopy(network)
-        paper_macs(network, 16), tom_macs(network, 16)
+        paper_macs(network, 1, 16), tom_macs(network, 1, 16), flops(network, 1, 16), dead_parameters(network, 1, 16)
         assert network.training and str(network) == str(before)
         assert network.state_dict().keys() == before.state_dict().keys()
         assert torch.equal(network(volume(1, 1, 16, 16, 16)), before(volume(1, 1, 16, 16, 16)))
@@ -117,7 +117,7 @@ class TestPaperFigures:
     def test_tom_macs_against_layers_that_a_counter_sees(self):
         # one ToM alone: projections as thop counts nn.Linear, the convolution as it counts nn.Conv1d
         network = make(depths=(0, 0), channels=(16, 16))  # leaves one ToM a level, inside the mixed block
-        counts = tom_macs(network, (32, 16, 16))
+        counts = tom_macs(network, 1, (32, 16, 16))
         voxels = 8 * 4 * 4 + 4 * 2 * 2  # stem and mixed block halve, and between levels once more
         tom = next(m for m in network.modules() if isinstance(m, ToM))
         weights = [tom.in_proj.weight, tom.out_proj.weight, tom.x_proj_weight, tom.dt_proj_weight]
@@ -125,7 +125,7 @@ class TestPaperFigures:
         assert counts["convolutions"] == voxels * tom.conv_weight.numel()
         assert counts["exponentials"] == voxels * tom.A_log.numel()
         assert counts["scans"] == voxels * (4 * tom.A_log.numel() + 2 * tom.D.numel() + tom.D.shape[1])
-        assert set(tom_macs(make(use_tom=False), 16).values()) == {0}
+        assert set(tom_macs(make(use_tom=False), 1, 16).values()) == {0}
 
 
 class TestShapes:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from scripts.taming_mambas import VARIANTS, BidirectionalMambaLayer, MambaLayer, TamingMambas
+from scripts.tri_orientated_mamba import ToM
 
 SMALL = {"channels": (8, 16, 16), "kernel_size": ((1, 3, 3), 3, 3), "strides": (1, (1, 2, 2), 2)}
 ALL = [None, *VARIANTS]
@@ -94,6 +95,15 @@ class TestNetwork:
     def test_states_follow_the_channels(self):
         network = TamingMambas(variant="SegMamba", max_d_state=12, **SMALL)
         assert [layer.mamba.A_log.shape[-1] for layer in network.mamba] == [8, 12, 12]
+
+    @pytest.mark.parametrize(("variant", "levels"), [("UMambaBot", [2]), ("UMambaEnc", [0, 1, 2])])
+    def test_u_mamba_has_a_block_of_its_own_kind_where_its_name_says(self, variant, levels):
+        network = TamingMambas(variant=variant, **SMALL)
+        assert [k for k, layer in enumerate(network.mamba) if isinstance(layer, ToM)] == levels
+        assert all(isinstance(skip, torch.nn.Identity) for skip in network.skips)
+        for k in levels:
+            layer = network.mamba[k]
+            assert (layer.orders, layer.residual, layer.A_log.shape[-1]) == (("dhw",), False, 16)
 
     def test_residual_weights_are_scaled_by_their_number(self):
         torch.manual_seed(0)

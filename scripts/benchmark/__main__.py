@@ -12,7 +12,26 @@ from __future__ import annotations
 
 import fire
 
-from .cpu import cpu, training_memory
-from .gpu import gpu
+from scripts.clear_errors import install
 
-fire.Fire({"cpu": cpu, "gpu": gpu, "training_memory": training_memory})
+from .apart import apart
+from .cpu import cpu
+from .efficiency import counts, efficiency
+from .gpu import gpu
+from .page import page
+from .plots import plots
+from .scaling import scaling
+
+install()
+fire.Fire(
+    {
+        "cpu": cpu,
+        "gpu": gpu,
+        "counts": counts,
+        "efficiency": efficiency,
+        "scaling": scaling,
+        "plots": plots,
+        "page": page,
+        "apart": apart,
+    }
+)

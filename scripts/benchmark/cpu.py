@@ -10,26 +10,23 @@
 # limitations under the License.
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from monai.networks.nets import SwinUNETR
 
 from scripts.host_memory import retain_freed_memory
-from scripts.segresmamba import SegResMamba
 from scripts.selective_scan import selective_scan_channels_last
 
-from .measuring import file_name, interleaved, processor, versions, write_results
+from .apart import run_apart
+from .measuring import describe, file_name, interleaved, machine, write_results
+from .networks import build_network
+from .steps import inference_step, training_step
 
-__all__ = ["cpu", "training_memory"]
+__all__ = ["cpu"]
 
-_TEXT: dict[str, Any] = {"depths": (1, 1, 1, 1), "stage_conv": False}  # the network of the paper's text
-_COMPACT: dict[str, Any] = {**_TEXT, "channels": (16, 32, 64, 128), "out_channels": 3}
+_COMPACT = {"channels": [16, 32, 64, 128]}  # the width of the configs' default
 
 
 def cpu(rounds: int = 3, output_dir: str = "docs/benchmarks", name: str = "") -> None:
@@ -45,39 +42,13 @@ def cpu(rounds: int = 3, output_dir: str = "docs/benchmarks", name: str = "") ->
     retain_freed_memory()  # as the configs do
     torch.manual_seed(0)
     results = {
-        "machine": {"processor": processor(), **versions()},
+        "machine": machine(),
         "scan": _scan(rounds),
         "inference": _inference(rounds),
         "training": _training(rounds),
-        "training_memory": _training_memory_apart(),
+        "training_memory": _training_memory(),
     }
-    write_results(results, _markdown(results), f"cpu-{name or file_name(results['machine']['processor'])}", output_dir)
-
-
-def training_memory(spatial_size: int = 96, use_tom: bool = True) -> None:
-    """
-    Peak resident memory of one training step (forward, backward, optimizer) of the text variant at full width, printed
-    as JSON in MiB. Run in a process of its own, since a peak cannot be reset.
-
-    Args:
-        spatial_size: voxels an axis of the cubic patch, batch 1.
-        use_tom: with ToM.
-    """
-    import resource
-
-    def peak() -> float:
-        if os.path.exists("/proc/self/status"):  # ru_maxrss would begin at the parent's size
-            with open("/proc/self/status") as file:
-                return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2  # bytes on macOS
-
-    network = SegResMamba(out_channels=2, use_tom=use_tom, **_TEXT)
-    optimizer = torch.optim.AdamW(network.parameters())
-    image = torch.rand(1, 1, *(spatial_size,) * 3)
-    before = peak()
-    network(image).square().mean().backward()
-    optimizer.step()
-    print(json.dumps({"before": round(before), "peak": round(peak())}))
+    write_results(results, _markdown(results), f"cpu-{name or file_name(results['machine']['name'])}", output_dir)
 
 
 def _scan(rounds: int) -> dict:
@@ -106,62 +77,47 @@ def _scan(rounds: int) -> dict:
 
 def _inference(rounds: int) -> dict:
     """Whole networks, 1 to 14 classes, one 128^3 patch."""
+    size = (128, 128, 128)
     networks = {
-        "SegResMamba (text)": SegResMamba(out_channels=14, **_TEXT),
-        "SegResMamba (text) without ToM": SegResMamba(out_channels=14, use_tom=False, **_TEXT),
-        "SegResMamba (tables)": SegResMamba(out_channels=14),
-        "SwinUNETR (48)": SwinUNETR(in_channels=1, out_channels=14, feature_size=48),
+        "SegResMamba (text)": build_network("segresmamba_text", 1, 14, size),
+        "SegResMamba (text) without ToM": build_network("segresmamba_text", 1, 14, size, overrides={"use_tom": False}),
+        "SegResMamba (tables)": build_network("segresmamba_tables", 1, 14, size),
+        "SwinUNETR (48)": build_network("swin_unetr", 1, 14, size),
     }
-    image = torch.rand(1, 1, 128, 128, 128)
-
-    def run(network: torch.nn.Module) -> Callable[[], object]:
-        def forward() -> None:
-            with torch.inference_mode():
-                network(image)
-
-        return forward
-
-    return interleaved("inference", {key: run(x.eval()) for key, x in networks.items()}, rounds)
+    image = torch.rand(1, 1, *size)
+    functions = {key: partial(inference_step, network.eval(), image) for key, network in networks.items()}
+    return interleaved("inference", functions, rounds)
 
 
 def _training(rounds: int) -> dict:
     """Forward and backward of the compact text variant, batch 2, 48 x 64 x 48."""
-    networks = {"compact": SegResMamba(**_COMPACT), "compact without ToM": SegResMamba(use_tom=False, **_COMPACT)}
-    image = torch.rand(2, 1, 48, 64, 48)
-
-    def run(network: torch.nn.Module, dtype: torch.dtype | None) -> Callable[[], object]:
-        def step() -> None:
-            network.zero_grad()
-            with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-                logits = network(image)
-            logits.float().square().mean().backward()
-
-        return step
-
-    functions = {key: run(network, None) for key, network in networks.items()}
-    functions |= {f"{key}, bf16": run(network, torch.bfloat16) for key, network in networks.items()}
+    size = (48, 64, 48)
+    networks = {
+        "compact": build_network("segresmamba_text", 1, 3, size, overrides=_COMPACT),
+        "compact without ToM": build_network("segresmamba_text", 1, 3, size, overrides={"use_tom": False, **_COMPACT}),
+    }
+    image = torch.rand(2, 1, *size)
+    functions = {key: partial(training_step, network, image) for key, network in networks.items()}
+    functions |= {f"{key}, bf16": partial(training_step, n, image, torch.bfloat16) for key, n in networks.items()}
     return interleaved("training step", functions, 8 * rounds)
 
 
-def _training_memory_apart() -> dict:
-    """``training_memory`` with and without ToM, each in a process of its own."""
+def _training_memory() -> dict:
+    """A training step of the text variant at full width, 96^3, with and without ToM."""
     results = {}
-    for label, options in (("with ToM", []), ("without ToM", ["--use_tom", "False"])):
-        command = [sys.executable, "-m", "scripts.benchmark", "training_memory", *options]
-        results[label] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    for label, overrides in (("with ToM", {}), ("without ToM", {"use_tom": False})):
+        options = {"spatial_sizes": [[96, 96, 96]], "steps": ["training"], "rounds": 0, "overrides": overrides}
+        (results[label],) = run_apart("segresmamba_text", **options)
     return results
 
 
 def _markdown(results: dict) -> str:
-    machine = results["machine"]
     scan, inference, training = results["scan"], results["inference"], results["training"]
 
     def ratio(table: dict, a: str, b: str) -> str:
         return f"{table[a]['median'] / table[b]['median']:.2f}"
 
-    versions = ", ".join(f"{key} {machine[key]}" for key in ("python", "torch", "numba") if key in machine)
-    head = f"{machine['processor']}, {machine['threads']} threads, {machine['capability']}, {machine['system']}"
-    lines = [f"Measured on {head}, {versions}."]
+    lines = [f"Measured on {describe(results['machine'])}."]
     for title, table in (
         ("Selective scan, L 262,144 x d 96 x n 16, float32", scan),
         ("Inference, one 128 x 128 x 128 patch, 1 to 14 classes, float32", inference),

@@ -11,19 +11,19 @@
 from __future__ import annotations
 
 import gc
-import subprocess
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from typing import Any
 
 import torch
-from monai.networks.nets import UNETR, DynUNet, SegResNet, SwinUNETR, UNet
 
-from scripts.segresmamba import SegResMamba
 from scripts.selective_scan import available_engines, selective_scan_channels_last
 from scripts.tri_orientated_mamba import ToM
 
-from .measuring import file_name, interleaved, versions, wall_clock, write_results
+from .efficiency import load_papers
+from .measuring import describe, file_name, interleaved, machine, wall_clock, write_results
+from .networks import build_network
+from .steps import inference_step, training_step
 
 __all__ = ["gpu"]
 
@@ -31,8 +31,22 @@ _ENGINES = ("triton", "mamba_ssm", "chunked")
 _SHAPES = [(1, (64, 64, 64), 96), (1, (32, 32, 32), 192), (1, (16, 16, 16), 384), (1, (8, 8, 8), 768)]
 _SHAPES += [(2, (48, 48, 48), 96)]
 _STATES = 16
+_NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {  # overlay in configs/networks, and keys of its own
+    "SegResMamba (tables)": ("segresmamba_tables", {}),
+    "SegResMamba (text)": ("segresmamba_text", {}),
+    "SegMamba": ("segmamba", {}),
+    "SwinUNETR (48)": ("swin_unetr", {}),
+    "SwinUNETR (48), checkpointing": ("swin_unetr", {"use_checkpoint": True}),
+    "UNETR (16)": ("unetr", {}),
+    "UNet (16 to 256)": ("unet", {}),
+    "SegResNet (16)": ("segresnet", {}),
+    "DynUNet (nnU-Net)": ("dynunet", {}),
+}
+_TINY_NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    key: (_NETWORKS[key][0], {"channels": [8, 16], "depths": [1, 1]})
+    for key in ("SegResMamba (tables)", "SegResMamba (text)")
+}
 _SFU_LANES = 16  # exponentials a multiprocessor finishes in a clock, from compute capability 7.0 on
-_PAPER = {"training memory": 5.10 / 7.77, "inference time": 0.626}  # SegResMamba / SwinUNETR: Table 8, Table 1
 
 
 def gpu(
@@ -55,15 +69,15 @@ def gpu(
         tiny: sizes of a few voxels, whose figures mean nothing.
 
     Raises:
-        RuntimeError: when there is no such device.
+        ValueError: when there is no such device.
     """
     if device != "cpu" and not torch.cuda.is_available():
-        raise RuntimeError(f"no CUDA device is here, so nothing can be measured on {device!r}.")
+        raise ValueError(f"no CUDA device is here, so nothing can be measured on {device!r}.")
     torch.manual_seed(0)
     bench = _Bench(torch.device(device), rounds, tiny)
     results: dict[str, Any] = {"machine": bench.machine, "ceilings": bench.ceilings()}
     results["scan"], results["tom"], results["networks"] = bench.scan(), bench.tom(), bench.networks()
-    write_results(results, _markdown(results), f"gpu-{name or file_name(results['machine']['gpu'])}", output_dir)
+    write_results(results, _markdown(results), f"gpu-{name or file_name(results['machine']['name'])}", output_dir)
 
 
 class _Bench:
@@ -74,22 +88,7 @@ class _Bench:
 
     @cached_property
     def machine(self) -> dict[str, str | int]:
-        machine = {"gpu": "none (a trial on the CPU)", **versions()}
-        if self.cuda:
-            properties = torch.cuda.get_device_properties(self.device)
-            query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader,nounits"]
-            driver, clock = (
-                subprocess.run(query, check=True, capture_output=True, text=True).stdout.split("\n")[0].split(",")
-            )
-            machine |= {"gpu": properties.name, "multiprocessors": properties.multi_processor_count}
-            machine |= {"driver": driver.strip(), "largest clock, MHz": int(clock), "l2": properties.L2_cache_size}
-        try:
-            import triton
-
-            machine["triton"] = triton.__version__
-        except ImportError:
-            pass
-        return machine
+        return machine(self.device)
 
     def ceilings(self) -> dict[str, float]:
         """Bytes a second that a copy moves, measured; exponentials a second, by the largest clock."""
@@ -98,8 +97,7 @@ class _Bench:
         source = torch.empty(2**28, device=self.device)
         target = torch.empty_like(source)
         seconds = self.time("copy", {"copy": lambda: target.copy_(source)}, self.rounds)["copy"]["median"]
-        machine = self.machine
-        rate = int(machine["multiprocessors"]) * _SFU_LANES * int(machine["largest clock, MHz"]) * 1e6
+        rate = int(self.machine["multiprocessors"]) * _SFU_LANES * int(self.machine["largest clock, MHz"]) * 1e6
         return {"bytes": 2 * source.nbytes / seconds, "exponentials": rate}
 
     def time(self, title: str, functions: Mapping[str, Callable[[], object]], rounds: int) -> dict:
@@ -179,24 +177,14 @@ class _Bench:
         for channels, size in ((8, (2, 3, 4)),) if self.tiny else ((48, (64, 64, 64)), (96, (32, 32, 32))):
             layers = {e: ToM(channels, scan_engine=e).to(self.device) for e in self.engines}
             x = torch.randn(1, channels, *size, device=self.device)
-            forward = {e: partial(self._infer, layer, x) for e, layer in layers.items()}
-            train = {e: partial(self._train, layer, x) for e, layer in layers.items()}
+            forward = {e: partial(inference_step, layer, x, self._half()) for e, layer in layers.items()}
+            train = {e: partial(training_step, layer, x, self._half()) for e, layer in layers.items()}
             title = f"ToM {channels} x {size[0]}^3"
             row = {"channels": channels, "size": size, "forward": self.time(title, forward, self.rounds)}
             row["training"] = self.time(f"{title}, training", train, self.rounds)
             row["peak bytes"] = {e: self.peak(f) for e, f in train.items()}
             rows.append(row)
         return rows
-
-    def _infer(self, network: torch.nn.Module, x: torch.Tensor) -> None:
-        with torch.inference_mode(), torch.autocast(self.device.type, self._half()):
-            network(x)
-
-    def _train(self, network: torch.nn.Module, x: torch.Tensor) -> None:
-        network.zero_grad()
-        with torch.autocast(self.device.type, self._half()):
-            loss = network(x).float().square().mean()
-        loss.backward()
 
     def _half(self) -> torch.dtype:
         return torch.float16 if self.cuda else torch.bfloat16
@@ -205,17 +193,18 @@ class _Bench:
         """Whole networks, batch 1, one after the other, since a GPU need not hold them all."""
         rows = []
         for side, classes in ((32, 2),) if self.tiny else ((128, 14), (96, 2)):
-            x = torch.rand(1, 1, side, side, side, device=self.device)
+            size = (side,) * 3
+            x = torch.rand(1, 1, *size, device=self.device)
             table: dict[str, dict] = {}
-            for label, build in _networks(side, classes, self.tiny).items():
-                network = build().to(self.device)
-                infer, train = partial(self._infer, network.eval(), x), partial(self._train, network, x)
+            for label, (overlay, own) in (_TINY_NETWORKS if self.tiny else _NETWORKS).items():
+                network = build_network(overlay, 1, classes, size, overrides=own).to(self.device)
+                infer = partial(inference_step, network.eval(), x, self._half())
+                train = partial(training_step, network, x, self._half())
                 rounds = max(1, self.rounds // 3)
                 row = {"inference": self.time(f"{label} {side}^3", {label: infer}, rounds)[label]}
                 network.train()
                 row["training"] = self.time(f"{label} {side}^3, training", {label: train}, rounds)[label]
                 row["inference peak bytes"] = self.peak(infer)
-                network.zero_grad(set_to_none=True)
                 row["training peak bytes"] = self.peak(train)
                 row["parameters"] = sum(p.numel() for p in network.parameters())
                 table[label] = row
@@ -224,33 +213,9 @@ class _Bench:
         return rows
 
 
-def _networks(side: int, classes: int, tiny: bool) -> dict[str, Callable[[], torch.nn.Module]]:
-    """SegResMamba and its peers from MONAI, with the settings of its tutorials for BTCV or of nnU-Net's plan."""
-    size, strides = (side,) * 3, [1] + [2] * 5
-    text: dict[str, Any] = {"depths": (1, 1, 1, 1), "stage_conv": False}
-    if tiny:
-        own = partial(SegResMamba, out_channels=classes, channels=(8, 16), depths=(1, 1))
-        return {"SegResMamba (tables)": own, "SegResMamba (text)": partial(own, stage_conv=False)}
-    swin = partial(SwinUNETR, in_channels=1, out_channels=classes, feature_size=48)
-    return {
-        "SegResMamba (tables)": partial(SegResMamba, out_channels=classes),
-        "SegResMamba (text)": partial(SegResMamba, out_channels=classes, **text),
-        "SwinUNETR (48)": swin,
-        "SwinUNETR (48), checkpointing": partial(swin, use_checkpoint=True),
-        "UNETR (16)": partial(UNETR, in_channels=1, out_channels=classes, img_size=size, feature_size=16),
-        "UNet (16 to 256)": partial(
-            UNet, 3, 1, classes, channels=(16, 32, 64, 128, 256), strides=(2, 2, 2, 2), num_res_units=2
-        ),
-        "SegResNet (16)": partial(SegResNet, init_filters=16, in_channels=1, out_channels=classes),
-        "DynUNet (nnU-Net)": partial(
-            DynUNet, 3, 1, classes, kernel_size=[3] * 6, strides=strides, upsample_kernel_size=strides[1:]
-        ),
-    }
-
-
 def _markdown(results: dict) -> str:
-    machine, ceilings = results["machine"], results["ceilings"]
-    lines = ["Measured on " + ", ".join(f"{key} {value}" for key, value in machine.items()) + "."]
+    ceilings = results["ceilings"]
+    lines = [f"Measured on {describe(results['machine'])}."]
     if ceilings:
         lines[0] += (
             f" Ceilings: a copy moves {ceilings['bytes'] / 1e9:.0f} GB/s (measured), "
@@ -309,6 +274,9 @@ def _markdown(results: dict) -> str:
             cells = [label, f"{other['parameters'] / 1e6:.2f}", milli(other["inference"]), milli(other["training"])]
             cells += [mib(other["training peak bytes"]), ", ".join(f"{share:.3f}" for share in shares)]
             lines.append(f"| {' | '.join(cells)} |")
-    paper = ", ".join(f"{key} {value:.3f}" for key, value in _PAPER.items())
-    lines += ["", f"The paper's own ratios of SegResMamba to SwinUNETR, on an A100: {paper}."]
+    papers = load_papers()["BTCV"]
+    ours = papers["segresmamba_tables"]
+    for overlay in ("swin_unetr", "segmamba"):
+        paper = [f"{key} {ours[key] / papers[overlay][key]:.3f}" for key in ("inference", "memory")]
+        lines += ["", f"The paper's own ratios of SegResMamba to {overlay}, on an A100: {', '.join(paper)}."]
     return "\n".join(lines) + "\n"

@@ -14,42 +14,104 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-__all__ = ["file_name", "interleaved", "processor", "versions", "write_results"]
+__all__ = [
+    "describe",
+    "file_name",
+    "free_gb",
+    "interleaved",
+    "machine",
+    "pick_device",
+    "synchronize",
+    "wall_clock",
+    "write_results",
+]
 
 
-def processor() -> str:
-    """The model's name of this machine's processor."""
-    name = platform.processor() or platform.machine()
+def machine(device: str | torch.device = "cpu") -> dict[str, str | int]:
+    """
+    What a timing depends on: name of the GPU or the processor, cores, threads, driver, system and versions.
+
+    Args:
+        device: that is timed.
+    """
+    processor = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
-            name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
-    return name
-
-
-def versions() -> dict[str, str | int]:
-    """Cores, threads, system and versions that a timing on the CPU depends on."""
-    found: dict[str, str | int] = {
+            processor = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), processor)
+    found: dict[str, str | int] = {"name": processor}
+    if torch.device(device).type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader,nounits"]
+        answer = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split("\n")[0]
+        driver, clock = answer.split(",")
+        found = {"name": properties.name, "multiprocessors": properties.multi_processor_count, "driver": driver.strip()}
+        found |= {"largest clock, MHz": int(clock), "l2": properties.L2_cache_size, "processor": processor}
+    found |= {
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "system": platform.system(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
     }
-    try:
-        import numba
-
-        found["numba"] = numba.__version__
-    except ImportError:
-        pass
+    for package in ("torch", "monai", "numba", "triton"):
+        if (version := _version(package)) is not None:
+            found[package] = version
     return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def describe(found: Mapping[str, str | int]) -> str:
+    """
+    A machine in one line.
+
+    Args:
+        found: what :py:func:`machine` says.
+    """
+    name, *others = found.items()
+    return ", ".join([str(name[1]), *(f"{key} {value}" for key, value in others)])
+
+
+def pick_device(device: str = "") -> str:
+    """
+    Args:
+        device: "cpu" or "cuda"; default: "cuda" where there is one.
+
+    Raises:
+        ValueError: when CUDA is asked for and not there.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("no CUDA device is here: give --device cpu.")
+    return device
+
+
+def free_gb() -> float:
+    """90 % of the host memory that is free, in GB; 0, thus no limit, where the system does not say."""
+    if not os.path.exists("/proc/meminfo"):
+        return 0.0
+    with open("/proc/meminfo") as file:
+        return 0.9 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")) * 1024 / 1e9
+
+
+def synchronize(device: str | torch.device) -> None:
+    """Wait for what was given to a device."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def wall_clock(function: Callable[[], object]) -> float:
@@ -81,11 +143,11 @@ def interleaved(
         for each name the median, least and most seconds, and the number of runs.
     """
     seconds: dict[str, list[float]] = {key: [] for key in functions}
-    for turn in tqdm(range(-1, rounds), desc=title):
-        for key, function in functions.items():
-            if key in few and turn not in (0, 1):
-                continue
-            taken = clock(function)
+    calls = [(turn, key) for turn in range(-1, rounds) for key in functions if key not in few or turn in (0, 1)]
+    with tqdm(calls, desc=title) as bar:
+        for turn, key in bar:
+            bar.set_postfix_str(key)
+            taken = clock(functions[key])
             if turn >= 0:
                 seconds[key].append(taken)
     return {
@@ -99,19 +161,23 @@ def file_name(machine: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in machine).strip("_").lower()
 
 
-def write_results(results: dict, table: str, name: str, output_dir: str) -> None:
+def write_results(results: dict, table: str, name: str, output_dir: str, table_csv: str = "") -> None:
     """
-    Write ``<name>.json`` and ``<name>.md``, each whole or not at all, and print the table.
+    Write ``<name>.json``, ``<name>.md`` and perhaps ``<name>.csv``, each whole or not at all, and print the table.
 
     Args:
         results: what was measured.
         table: the same in Markdown.
         name: of the files.
         output_dir: of the files; made where it is missing.
+        table_csv: the same as comma-separated values.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    for suffix, text in (("json", json.dumps(results, indent=4) + "\n"), ("md", table)):
+    texts = {"json": json.dumps(results, indent=4) + "\n", "md": table, "csv": table_csv}
+    for suffix, text in texts.items():
+        if not text:
+            continue
         path = folder / f"{name}.{suffix}"
         path.with_suffix(".tmp").write_text(text)
         path.with_suffix(".tmp").replace(path)

@@ -1,0 +1,152 @@
+# Copyright (c) 2026 SegResMamba bundle contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from .apart import run_apart
+from .measuring import describe, file_name, free_gb, machine, pick_device, write_results
+from .networks import network_names
+from .plots import new_figure, save
+
+__all__ = ["exponent", "scaling"]
+
+
+def scaling(
+    networks: str | Sequence[str] = "segresmamba_tables,segresmamba_text,segmamba,unet,unetr,swin_unetr,segresnet",
+    sizes: Sequence[int] = (32, 48, 64, 96, 128, 160, 192),
+    steps: str | Sequence[str] = "inference,training",
+    rounds: int = 3,
+    seconds: float = 20.0,
+    in_channels: int = 1,
+    out_channels: int = 2,
+    device: str = "",
+    precision: str = "",
+    memory_gb: float = 0.0,
+    output_dir: str = "docs/benchmarks",
+    name: str = "",
+) -> None:
+    """
+    How time and peak memory of networks grow with the volume: cubes of growing size, batch 1, up to the first that
+    does not fit or takes too long, each network in processes of its own. Fits time ~ voxels ** exponent, to all sizes
+    and to the largest two: what a volume costs whatever its size, as the optimizer's step, makes the first smaller.
+
+    Args:
+        networks: names of overlays in configs/networks, with commas between them.
+        sizes: voxels an axis; those that a network does not take are left out of its curve.
+        steps: of "inference" and "training" (forward, Dice loss, backward, Adam).
+        rounds: timed runs at each size, after one that is not timed.
+        seconds: no larger size is tried after one whose first run took longer.
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        device: "cpu" or "cuda"; default: "cuda" where there is one.
+        precision: "fp32", "bf16" or "fp16" by autocast; default: "fp16" on CUDA, "fp32" elsewhere.
+        memory_gb: sizes that need more GB of host memory do not fit (Linux); default: 90 % of what is free.
+        output_dir: where ``scaling-<name>.json``, ``.md`` and ``.png`` are written.
+        name: of the machine in the files' names; default: its processor's or GPU's.
+
+    Raises:
+        ValueError: when a network or the device is unknown.
+    """
+    names, wanted = _names(networks), _names(steps)
+    unknown = [x for x in names if x not in network_names()] + [x for x in wanted if x not in ("inference", "training")]
+    if unknown:
+        raise ValueError(f"unknown: {', '.join(unknown)}. Networks are: {', '.join(network_names())}.")
+    device = pick_device(device)
+    precision = precision or ("fp16" if device.startswith("cuda") else "fp32")
+    options: dict[str, Any] = {"in_channels": in_channels, "out_channels": out_channels, "rounds": rounds}
+    options |= {"device": device, "precision": precision, "seconds": seconds, "memory_gb": memory_gb or free_gb()}
+    curves = []
+    for network, step in tqdm([(n, s) for n in names for s in wanted], desc="scaling"):
+        points: list[dict[str, Any]] = []
+        end = ""
+        left = sorted(sizes)
+        while left:
+            cubes = [[side] * 3 for side in left]
+            for found in run_apart(network, spatial_sizes=cubes, steps=[step], **options):
+                left = left[1:]
+                if "error" in found:
+                    end = found["error"]
+                    break
+                points.append({"side": found["spatial_size"][0], **{k: found[k] for k in ("seconds", "peak")}})
+                end = ""
+            if not end.startswith("does not take this size"):  # a larger one may be taken
+                break
+        curve = {"network": network, "step": step, "points": points, "end": end}
+        if len(points) > 2:
+            pairs = [(p["side"] ** 3, p["seconds"]) for p in points]
+            curve |= {"exponent": exponent(pairs), "last_exponent": exponent(pairs[-2:])}
+        curves.append(curve)
+    results: dict[str, Any] = {"machine": machine(device), "precision": precision, "curves": curves}
+    stem = f"scaling-{name or file_name(str(results['machine']['name']))}"
+    write_results(results, _markdown(results), stem, output_dir)
+    _draw(results, Path(output_dir) / f"{stem}.png")
+
+
+def _names(given: str | Sequence[str]) -> list[str]:
+    return given.split(",") if isinstance(given, str) else list(given)
+
+
+def exponent(points: Sequence[tuple[float, float]]) -> float:
+    """
+    Slope of the straight line that comes nearest to points on logarithmic axes.
+
+    Args:
+        points: pairs of positive numbers.
+    """
+    x, y = np.log(np.array(points, dtype=float)).T
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def _markdown(results: dict) -> str:
+    lines = [f"Measured on {describe(results['machine'])}; {results['precision']}, batch 1. Median s, peak MiB.", ""]
+    sides = sorted({p["side"] for curve in results["curves"] for p in curve["points"]})
+    cubes = " | ".join(f"{side}^3" for side in sides)
+    lines.append(f"| network | step | {cubes} | exponent of time in voxels | of the last two | ends |")
+    lines += ["| --- " * (len(sides) + 5) + "|"]
+    for curve in results["curves"]:
+        at = {p["side"]: f"{p['seconds']:.3f}, {p['peak']:,}" for p in curve["points"]}
+        cells = [curve["network"], curve["step"], *(at.get(side, "") for side in sides)]
+        cells += [f"{curve[key]:.2f}" if key in curve else "" for key in ("exponent", "last_exponent")]
+        cells.append(curve["end"])
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _draw(results: dict, path: Path) -> None:
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
+    steps = list(dict.fromkeys(curve["step"] for curve in results["curves"]))
+    figure, axes = new_figure(len(steps), 2)
+    for row, step in enumerate(steps):
+        for column, (key, label) in enumerate((("seconds", "s"), ("peak", "peak memory, MiB"))):
+            axis = axes[row][column]
+            for curve in results["curves"]:
+                if curve["step"] == step and curve["points"]:
+                    text = curve["network"]
+                    if key == "seconds" and "exponent" in curve:
+                        text += f" ({curve['exponent']:.2f})"
+                    values = [(p["side"], p[key]) for p in curve["points"]]
+                    axis.plot(*zip(*values), marker="o", markersize=4, label=text)
+            axis.set(xscale="log", yscale="log", xlabel="voxels an axis", ylabel=f"{step}, {label}")
+            sides = sorted({p["side"] for curve in results["curves"] for p in curve["points"]})
+            axis.set_xticks(sides, [str(side) for side in sides])
+            axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=7, title="exponent in voxels" if key == "seconds" else None, title_fontsize=7)
+    save(figure, path)
