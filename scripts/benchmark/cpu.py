@@ -106,8 +106,11 @@ def _training_memory() -> dict:
     """A training step of the text variant at full width, 96^3, with and without ToM."""
     results = {}
     for label, overrides in (("with ToM", {}), ("without ToM", {"use_tom": False})):
-        options = {"spatial_sizes": [[96, 96, 96]], "steps": ["training"], "rounds": 0, "overrides": overrides}
-        (results[label],) = run_apart("segresmamba_text", **options)
+        options = {"spatial_sizes": [[96, 96, 96]], "rounds": 0, "overrides": overrides}
+        (found,) = run_apart("segresmamba_text", ["training"], **options)
+        if "error" in found:
+            raise ValueError(f"training memory, {label}: {found['error']}")
+        results[label] = found
     return results
 
 
@@ -141,7 +144,7 @@ def _markdown(results: dict) -> str:
     ):
         lines.append(f"| {label} | {ratio(table, a, b)} |")
     lines += ["", "**Peak resident memory of one training step, text variant, 96 x 96 x 96, batch 1, float32**", ""]
-    lines += ["| | before the step | peak |", "| --- | --- | --- |"]
+    lines += ["| | before the network is made | peak |", "| --- | --- | --- |"]
     for label, row in results["training_memory"].items():
-        lines.append(f"| {label} | {row['before']:,} MiB | {row['peak']:,} MiB |")
+        lines.append(f"| {label} | {row['base_mib']:,} MiB | {row['peak_mib']:,} MiB |")
     return "\n".join(lines) + "\n"

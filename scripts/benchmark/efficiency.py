@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import csv
 import io
+import statistics
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
-from monai.losses import DiceLoss
 from tqdm import tqdm
 
 from scripts.complexity import dead_parameters, flops, paper_macs, parameter_counts
@@ -27,15 +26,25 @@ from scripts.host_memory import retain_freed_memory
 
 from .apart import run_apart
 from .energy import Energy, co2_as_in_the_paper
-from .measuring import describe, file_name, free_gb, interleaved, machine, pick_device, synchronize, write_results
-from .networks import build_network, network_names
-from .steps import inference_step, training_step
+from .measuring import (
+    describe,
+    file_name,
+    free_gb,
+    interleaved,
+    machine,
+    pick_device,
+    release_memory,
+    write_results,
+)
+from .networks import build_network, first_cause, network_names
+from .papers import load_papers
+from .steps import DTYPES, make_step
 
-__all__ = ["count", "counts", "efficiency", "load_papers"]
+__all__ = ["count", "counts", "efficiency"]
 
 _RATIOS = {  # label, key of the results, key of the papers' figures
-    "inference": (("time", "median", "inference"), ("peak", "peak_mib", "")),
-    "training": (("time", "median", "epoch"), ("peak", "peak_mib", "memory"), ("energy", "energy_wh", "co2")),
+    "inference": (("time", "median", "inference"), ("memory", "memory_mib", "")),
+    "training": (("time", "median", "epoch"), ("memory", "memory_mib", "memory")),
 }
 
 _ROOT = Path(__file__).parents[2]
@@ -45,7 +54,7 @@ def efficiency(
     config: str = "configs/benchmark.yaml",
     networks: str | Sequence[str] = "",
     setups: str | Sequence[str] = "",
-    rounds: int = -1,
+    rounds: int | None = None,
     inference_only: bool = False,
     device: str = "",
     precision: str = "",
@@ -58,14 +67,14 @@ def efficiency(
 ) -> None:
     """
     What networks cost, beside the papers' figures: parameters, operations, and time, peak memory, energy and
-    CO2-equivalent of inference and of a training step, batch 1. What is compared runs in turn, round by round, in one
-    process; the peak memory is taken in processes of their own.
+    CO2-equivalent of inference and of a training step (forward, Dice loss, backward, Adam), batch 1. What is compared
+    runs in turn, round by round, in one process; the peak memory is taken in processes of their own.
 
     Args:
         config: YAML file with the set-ups, and which of them and which networks are measured where nothing is said.
         networks: names of overlays in configs/networks, with commas between them, or "all".
         setups: names of set-ups, with commas between them, or "all".
-        rounds: timed runs of each after one that is not timed; default: what the config says.
+        rounds: timed runs of each after one that is not timed, at least 1; default: what the config says.
         inference_only: leave out the training step.
         device: "cpu" or "cuda"; default: "cuda" where there is one.
         precision: "fp32", "bf16" or "fp16" by autocast; default: "fp16" on CUDA, "fp32" elsewhere.
@@ -80,12 +89,16 @@ def efficiency(
         ValueError: when a network, a set-up, the device or the precision is unknown.
     """
     plan = _plan(config, networks, setups)
-    rounds = plan["timed"]["rounds"] if rounds < 1 else rounds
+    rounds = plan["timed"]["rounds"] if rounds is None else rounds
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}.")
     device = pick_device(device)
     precision = precision or ("fp16" if device.startswith("cuda") else "fp32")
-    if precision not in ("fp32", "bf16", "fp16"):
-        raise ValueError(f"precision must be fp32, bf16 or fp16, got {precision!r}.")
-    energy = Energy(country)
+    if precision not in DTYPES or (precision == "fp16" and device == "cpu"):
+        raise ValueError(f"precision must be fp32, bf16 or, on CUDA, fp16, got {precision!r}.")
+    if plan["reference"] not in plan["networks"]:
+        plan["networks"] = [plan["reference"], *plan["networks"]]  # all ratios are to it
+    energy = Energy(country, device)
     retain_freed_memory()  # as the configs do
     torch.manual_seed(0)
     steps = ("inference",) if inference_only else ("inference", "training")
@@ -93,16 +106,21 @@ def efficiency(
     stem = f"efficiency-{name or file_name(str(machine(device)['name']))}"
     results: dict[str, Any] = {"machine": machine(device), "precision": precision, "reference": plan["reference"]}
     results |= {"country": country, "watts": watts, "kg_per_kwh": kg_per_kwh, "setups": {}, "rows": []}
+    results["rounds"] = rounds
     for setup, shape in plan["setups"].items():
         rows = _count_rows({setup: shape}, plan["networks"])
-        _measure(setup, shape, rows, rounds, energy, memory_gb or free_gb(), options)
+        results["setups"][setup] = shape
+        results["rows"] += rows
+
+        def keep() -> None:
+            write_results(results, _markdown(results), stem, output_dir, _csv(results["rows"]))
+
+        _measure(shape, rows, rounds, energy, memory_gb, options, setup, keep)
         for row in rows:
             if "median" in row.get("training", {}):
                 kg = co2_as_in_the_paper(row["training"]["median"], watts, kg_per_kwh)
                 row["training"]["co2_as_in_the_paper_g"] = 1000 * kg
-        results["setups"][setup] = shape
-        results["rows"] += rows
-        write_results(results, _markdown(results), stem, output_dir, _csv(results["rows"]))  # what is done is kept
+        keep()
 
 
 def counts(
@@ -136,11 +154,6 @@ def _count_rows(setups: Mapping[str, Any], networks: Sequence[str]) -> list[dict
     ]
 
 
-def load_papers() -> dict[str, dict[str, dict[str, float]]]:
-    """The papers' figures by set-up and network, from docs/benchmarks/papers.yaml."""
-    return ConfigParser.load_config_file(_ROOT / "docs" / "benchmarks" / "papers.yaml")
-
-
 def count(network: str, setup: Mapping[str, Any]) -> dict[str, Any]:
     """
     Parameters and operations of a network; see :py:mod:`scripts.complexity`.
@@ -151,25 +164,20 @@ def count(network: str, setup: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         ``parameters``, ``live`` ones, those in ``tom``, ``macs`` by thop's rules and ``flops``; ``error`` where the
-        network does not take the size.
+        network cannot be made or does not take the size, and what is known without that.
     """
-    size = setup["spatial_size"]
-    made = build_network(
-        network, setup["in_channels"], setup["out_channels"], size, "meta", setup.get("overrides", {}).get(network)
-    )
-    parameters = parameter_counts(made)
+    size, channels = setup["spatial_size"], setup["in_channels"]
+    found: dict[str, Any] = {}
     try:
-        dead = set(dead_parameters(made, setup["in_channels"], size))
+        overrides = setup.get("overrides", {}).get(network)
+        made = build_network(network, channels, setup["out_channels"], size, "meta", overrides)
+        parameters = parameter_counts(made)
+        found |= {"parameters": parameters["all"], "tom": parameters["tom"]}
+        dead = set(dead_parameters(made, channels, size))
+        live = sum(p.numel() for name, p in made.named_parameters() if p.requires_grad and name not in dead)
+        return found | {"live": live, "macs": paper_macs(made, channels, size), "flops": flops(made, channels, size)}
     except (RuntimeError, ValueError) as error:
-        return {"error": f"does not take this size: {str(error).splitlines()[0]}"}
-    live = sum(p.numel() for name, p in made.named_parameters() if p.requires_grad and name not in dead)
-    return {
-        "parameters": parameters["all"],
-        "live": live,
-        "tom": parameters["tom"],
-        "macs": paper_macs(made, setup["in_channels"], size),
-        "flops": flops(made, setup["in_channels"], size),
-    }
+        return found | {"error": f"does not take this size: {first_cause(error)}"}
 
 
 def _plan(config: str, networks: str | Sequence[str], setups: str | Sequence[str]) -> dict[str, Any]:
@@ -183,6 +191,13 @@ def _plan(config: str, networks: str | Sequence[str], setups: str | Sequence[str
     for key in ("setups", "reference", "timed"):
         if key not in plan:
             raise ValueError(f"{path}: the key {key!r} is missing.")
+    for name, shape in plan["setups"].items():
+        for key in ("in_channels", "out_channels", "spatial_size"):
+            if key not in shape:
+                raise ValueError(f"{path}: the set-up {name} lacks the key {key!r}.")
+        strange = set(shape.get("overrides", {})) - set(network_names())
+        if strange:
+            raise ValueError(f"{path}: the set-up {name} has overrides of {sorted(strange)[0]!r}, which is no network.")
     chosen = {}
     for what, given, known in (("networks", networks, network_names()), ("setups", setups, list(plan["setups"]))):
         names = given.split(",") if isinstance(given, str) else list(given)
@@ -195,58 +210,55 @@ def _plan(config: str, networks: str | Sequence[str], setups: str | Sequence[str
 
 
 def _measure(
-    setup: str,
     shape: Mapping[str, Any],
     rows: Sequence[dict],
     rounds: int,
     energy: Energy,
     memory_gb: float,
     options: Mapping[str, Any],
+    title: str,
+    keep: Callable[[], None],
 ) -> None:
-    """Peak memory, time and energy of the networks, put into their rows."""
-    channels = {"in_channels": shape["in_channels"], "out_channels": shape["out_channels"]}
-    overrides = shape.get("overrides", {})
+    """Peak memory, time and energy of the networks, put into their rows; ``keep`` is called when memory is known."""
     rows = [row for row in rows if "error" not in row]
-    if memory_gb:  # the process that times them holds the weights of all
-        memory_gb = max(1.0, memory_gb - sum(4 * row["parameters"] for row in rows) / 1e9)
-    for row in tqdm(rows, desc=f"{setup}, memory"):
-        own = {"overrides": overrides.get(row["network"], {})} if overrides.get(row["network"]) else {}
-        sizes = [list(shape["spatial_size"])]
-        wanted = list(options["steps"])
+    device, size = options["device"], list(shape["spatial_size"])
+    # The process that times them holds weights and Adam's states of all.
+    memory_gb = memory_gb or max(2.0, free_gb() - sum(12 * row["parameters"] for row in rows) / 1e9)
+    for row in tqdm(rows, desc=f"{title}, memory"):
+        arguments = {"in_channels": shape["in_channels"], "out_channels": shape["out_channels"], **options}
+        arguments["overrides"] = shape.get("overrides", {}).get(row["network"])
         for found in run_apart(
-            row["network"], spatial_sizes=sizes, rounds=0, memory_gb=memory_gb, **channels, **own, **options
+            row["network"], spatial_sizes=[size], rounds=0, memory_gb=round(memory_gb, 3), **arguments
         ):
-            step = found["step"] or wanted[0]
-            row[step] = {"error": found["error"]} if "error" in found else {"peak_mib": found["peak"]}
-            wanted = [other for other in wanted if other != step]
-    device, precision = options["device"], options["precision"]
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    image = torch.rand(1, shape["in_channels"], *shape["spatial_size"], device=device)
-    label = torch.randint(0, shape["out_channels"], (1, 1, *shape["spatial_size"]), device=device)
-    loss_function = DiceLoss(to_onehot_y=True, softmax=True)
-
-    def call(network: torch.nn.Module, step: str) -> None:
-        if step == "training":
-            training_step(network.train(), image, dtype, label, loss_function)
-        else:
-            inference_step(network.eval(), image, dtype)
-        synchronize(device)
-
+            kept = {key: found[key] for key in ("error", "base_mib", "peak_mib") if key in found}
+            row[found["step"]] = kept
+            if "error" not in kept:
+                kept["memory_mib"] = kept["peak_mib"] - kept["base_mib"]
+    keep()
+    image = torch.rand(1, shape["in_channels"], *size, device=device)
     functions: dict[str, Callable[[], object]] = {}
     for row in rows:
-        steps = [step for step in options["steps"] if "peak_mib" in row.get(step, {})]
+        steps = [step for step in options["steps"] if "error" not in row.get(step, {"error": ""})]
         if steps:
-            own = overrides.get(row["network"], {})
-            network = build_network(
-                row["network"], shape["in_channels"], shape["out_channels"], shape["spatial_size"], overrides=own
-            ).to(device)
-            functions |= {f"{row['network']}, {step}": partial(call, network, step) for step in steps}
-    timed = interleaved(setup, functions, rounds, clock=energy.clock)
+            own = shape.get("overrides", {}).get(row["network"])
+            made = build_network(row["network"], image.shape[1], shape["out_channels"], size, overrides=own).to(device)
+            dtype = DTYPES[options["precision"]]
+            functions |= {
+                f"{row['network']}, {step}": make_step(made, step, image, shape["out_channels"], dtype)
+                for step in steps
+            }
+    errors: dict[str, str] = {}
+    timed = interleaved(title, functions, rounds, clock=energy.clock, errors=errors)
     for row in rows:
         for step in options["steps"]:
             key = f"{row['network']}, {step}"
             if key in timed:
                 row[step] |= timed[key] | energy.of(functions[key])
+            elif key in errors:
+                row[step]["error"] = f"failed: {errors[key]}"
+    energy.forget()
+    functions.clear()
+    release_memory(device)
 
 
 def _csv(rows: Sequence[dict]) -> str:
@@ -283,19 +295,17 @@ def _tables(results: Mapping[str, Any]) -> list[str]:
 
 
 def _counts_table(rows: Sequence[dict]) -> list[str]:
-    lines = ["| network | parameters, M | live | the paper | MACs by thop's rules, G | the paper | ours / its "]
-    lines[0] += "| FLOPs / 2, G: convolutions and products | the paper's FLOPs | ToM beside it |"
-    lines.append("| --- " * 10 + "|")
+    heads = ["network", "parameters, M", "live", "the paper", "MACs by thop's rules, G", "the paper", "ours / its"]
+    heads += ["FLOPs / 2, G: convolutions and products", "the paper's FLOPs", "ToM beside it", "all"]
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for row in rows:
-        if "error" in row:
-            lines.append(f"| {row['network']} | {row['error']} |" + " |" * 8)
-            continue
-        paper, macs = row["paper"], row["macs"] / 1e9
-        cells = [row["network"], f"{row['parameters'] / 1e6:.2f}", f"{row['live'] / 1e6:.2f}"]
-        cells += [_number(paper.get("parameters")), f"{macs:.2f}", _number(paper.get("macs"))]
-        cells += [f"{macs / paper['macs']:.4f}" if "macs" in paper else ""]
-        cells += [f"{row['flops']['convolutions and products'] / 2e9:.2f}", _number(paper.get("flops"))]
-        cells += [f"{row['flops']['tom'] / 2e9:.2f}" if row["flops"]["tom"] else ""]
+        paper = row["paper"]
+        macs, counted = row.get("macs"), {key: value / 2e9 for key, value in row.get("flops", {}).items()}
+        cells = [row["network"], *(_number(row.get(key), 1e6) for key in ("parameters", "live"))]
+        cells += [_number(paper.get("parameters")), _number(macs, 1e9) or row["error"], _number(paper.get("macs"))]
+        cells += [f"{macs / 1e9 / paper['macs']:.4f}" if macs and "macs" in paper else ""]
+        cells += [_number(counted.get("convolutions and products")), _number(paper.get("flops"))]
+        cells += [_number(counted.get("tom") or None), _number(counted.get("all"))]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -306,24 +316,34 @@ def _measured_table(rows: Sequence[dict], results: Mapping[str, Any]) -> list[st
     kinds = [step for step in ("inference", "training") if any(step in row for row in rows)]
     lines = ["", "| network |", "| --- |"]
     for step in kinds:
-        lines[1] += f" {step}, s (least to most) | peak, MiB | energy, Wh | CO2e, g |"
+        lines[1] += f" {step}, s (least to most) | peak, MiB | of it before, MiB | energy, Wh | CO2e, g |"
         lines[1] += " as in Table 6, g |" if step == "training" else ""
-        lines[2] += " --- |" * (5 if step == "training" else 4)
+        lines[2] += " --- |" * (6 if step == "training" else 5)
     for row in rows:
         cells = [row["network"]]
         for step in kinds:
             found = row.get(step, {})
             if "median" in found:
                 cells.append(f"{found['median']:.3f} ({found['min']:.3f} to {found['max']:.3f})")
-                cells += [f"{found['peak_mib']:,}", f"{found['energy_wh']:.5f}", f"{found['co2_g']:.5f}"]
+                cells += [f"{found['peak_mib']:,}", f"{found['base_mib']:,}"]
+                cells += [f"{found['energy_wh']:.5f}", f"{found['co2_g']:.5f}"]
                 cells += [f"{found['co2_as_in_the_paper_g']:.4f}"] if step == "training" else []
             else:
-                cells += [found.get("error", ""), *[""] * (4 if step == "training" else 3)]
+                peak = f"{found['peak_mib']:,}" if "peak_mib" in found else ""
+                cells += [found.get("error", ""), peak, *[""] * (4 if step == "training" else 3)]
         lines.append(f"| {' | '.join(cells)} |")
     reference = next((row for row in rows if row["network"] == results["reference"]), None)
+    if not any("median" in row.get(step, {}) for row in rows for step in kinds):
+        return lines
+    watts = [
+        f"{label} {statistics.mean(row[step][key] for row in rows for step in kinds if key in row.get(step, {})):.1f} W"
+        for label, key in (("processor", "cpu_w"), ("GPU", "gpu_w"), ("memory", "ram_w"))
+    ]
+    lines += ["", f"Mean power by codecarbon: {', '.join(watts)}."]
     if reference is None:
         return lines
-    lines += ["", f"Ratios to {results['reference']}, and the paper's own in brackets:", ""]
+    note = "the paper's own in brackets; memory is the peak less what the process held before the network was made:"
+    lines += ["", f"Ratios to {results['reference']}, {note}", ""]
     wanted = [(f"{step} {what}", step, key, kept) for step in kinds for what, key, kept in _RATIOS[step]]
     lines += [f"| network | {' | '.join(label for label, *_ in wanted)} |", "| --- " * (len(wanted) + 1) + "|"]
     for row in rows:
@@ -337,5 +357,5 @@ def _measured_table(rows: Sequence[dict], results: Mapping[str, Any]) -> list[st
     return lines
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+def _number(value: float | None, unit: float = 1.0) -> str:
+    return "" if value is None else f"{value / unit:.2f}"

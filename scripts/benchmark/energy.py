@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import logging
 import re
+import statistics
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from .measuring import wall_clock
 
@@ -42,13 +45,14 @@ class Energy:
 
     Args:
         country: ISO code of three letters, whose carbon intensity is taken.
+        device: "cpu", or the GPU whose energy counts too.
 
     Raises:
         ModuleNotFoundError: when ``codecarbon`` is not installed.
         ValueError: when ``country`` is no such code.
     """
 
-    def __init__(self, country: str) -> None:
+    def __init__(self, country: str, device: str = "cpu") -> None:
         if not re.fullmatch("[A-Z]{3}", country):
             raise ValueError(f"country must be an ISO code of three letters, such as DEU, got {country!r}.")
         try:
@@ -56,8 +60,9 @@ class Energy:
         except ImportError as error:
             raise ModuleNotFoundError(f"measuring energy needs codecarbon: pip install codecarbon: {error}") from error
         logging.getLogger("codecarbon").setLevel(logging.CRITICAL)  # it speaks before it has read log_level
+        gpus = [torch.device(device).index or 0] if device.startswith("cuda") else []
         self.tracker = OfflineEmissionsTracker(
-            country_iso_code=country, save_to_file=False, log_level="critical", allow_multiple_runs=True
+            country_iso_code=country, save_to_file=False, log_level="critical", allow_multiple_runs=True, gpu_ids=gpus
         )
         self.tracker.start_task()
         if not self.tracker.stop_task().country_name:
@@ -72,9 +77,10 @@ class Energy:
             function: what is called.
         """
         self.tracker.start_task()
-        taken = wall_clock(function)
-        self.calls.setdefault(function, []).append(self.tracker.stop_task())
-        return taken
+        try:
+            return wall_clock(function)
+        finally:
+            self.calls.setdefault(function, []).append(self.tracker.stop_task())
 
     def of(self, function: Callable[[], object]) -> dict[str, float]:
         """
@@ -82,17 +88,21 @@ class Energy:
             function: one that :py:meth:`clock` has called.
 
         Returns:
-            mean energy (Wh) and CO2-equivalent (g) of its calls but the first, and the mean powers (W) they come from.
+            median energy (Wh) and CO2-equivalent (g) of its calls but the first, and the powers (W) they come from.
         """
         calls = self.calls[function][1:] or self.calls[function]
 
-        def mean(name: str) -> float:
-            return sum(getattr(call, name) for call in calls) / len(calls)
+        def median(name: str) -> float:
+            return statistics.median(getattr(call, name) for call in calls)
 
         return {
-            "energy_wh": 1000 * mean("energy_consumed"),
-            "co2_g": 1000 * mean("emissions"),
-            "cpu_w": mean("cpu_power"),
-            "gpu_w": mean("gpu_power"),
-            "ram_w": mean("ram_power"),
+            "energy_wh": 1000 * median("energy_consumed"),
+            "co2_g": 1000 * median("emissions"),
+            "cpu_w": median("cpu_power"),
+            "gpu_w": median("gpu_power"),
+            "ram_w": median("ram_power"),
         }
+
+    def forget(self) -> None:
+        """Let go of the functions that were called, and of what they hold."""
+        self.calls.clear()

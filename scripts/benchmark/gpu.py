@@ -20,9 +20,9 @@ import torch
 from scripts.selective_scan import available_engines, selective_scan_channels_last
 from scripts.tri_orientated_mamba import ToM
 
-from .efficiency import load_papers
 from .measuring import describe, file_name, interleaved, machine, wall_clock, write_results
 from .networks import build_network
+from .papers import load_papers
 from .steps import inference_step, training_step
 
 __all__ = ["gpu"]

@@ -10,11 +10,15 @@
 # limitations under the License.
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
@@ -29,7 +33,9 @@ __all__ = [
     "free_gb",
     "interleaved",
     "machine",
+    "peak_mib",
     "pick_device",
+    "release_memory",
     "synchronize",
     "wall_clock",
     "write_results",
@@ -51,6 +57,7 @@ def machine(device: str | torch.device = "cpu") -> dict[str, str | int]:
     if torch.device(device).type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader,nounits"]
+        query.append(f"--id={torch.device(device).index or 0}")
         answer = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split("\n")[0]
         driver, clock = answer.split(",")
         found = {"name": properties.name, "multiprocessors": properties.multi_processor_count, "driver": driver.strip()}
@@ -89,13 +96,15 @@ def describe(found: Mapping[str, str | int]) -> str:
 def pick_device(device: str = "") -> str:
     """
     Args:
-        device: "cpu" or "cuda"; default: "cuda" where there is one.
+        device: "cpu", "cuda" or "cuda:1"; default: "cuda" where there is one.
 
     Raises:
-        ValueError: when CUDA is asked for and not there.
+        ValueError: when it is another one, or CUDA is asked for and not there.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"device must be cpu or cuda, got {device!r}.")
+    if device != "cpu" and not torch.cuda.is_available():
         raise ValueError("no CUDA device is here: give --device cpu.")
     return device
 
@@ -105,7 +114,34 @@ def free_gb() -> float:
     if not os.path.exists("/proc/meminfo"):
         return 0.0
     with open("/proc/meminfo") as file:
-        return 0.9 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")) * 1024 / 1e9
+        free = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")) * 1024
+    group = Path("/sys/fs/cgroup")  # a container's limit
+    if (group / "memory.max").is_file() and (limit := (group / "memory.max").read_text().strip()) != "max":
+        free = min(free, int(limit) - int((group / "memory.current").read_text()))
+    return 0.9 * free / 1e9
+
+
+def release_memory(device: str | torch.device) -> None:
+    """Give back what is no longer used, and begin CUDA's peak anew."""
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)
+
+
+def peak_mib(device: str | torch.device) -> int:
+    """MiB: of CUDA's allocator, or the largest resident size of this process so far."""
+    if torch.device(device).type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    if os.path.exists("/proc/self/status"):  # ru_maxrss would begin at the parent's size
+        with open("/proc/self/status") as file:
+            return round(next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024)
+    import resource
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # bytes on macOS
 
 
 def synchronize(device: str | torch.device) -> None:
@@ -127,6 +163,7 @@ def interleaved(
     rounds: int,
     few: Sequence[str] = (),
     clock: Callable[[Callable[[], object]], float] = wall_clock,
+    errors: dict[str, str] | None = None,
 ) -> dict[str, dict[str, float]]:
     """
     Time functions in turn, round by round, after one round that is not counted, so that what else the machine does
@@ -138,21 +175,31 @@ def interleaved(
         rounds: timed calls of each.
         few: names of those called twice only, unwarmed.
         clock: calls a function and returns the seconds it took.
+        errors: where given, a function that fails is left out from then on and its error put here.
 
     Returns:
-        for each name the median, least and most seconds, and the number of runs.
+        for each name that did not fail the median, least and most seconds, and the number of runs.
     """
     seconds: dict[str, list[float]] = {key: [] for key in functions}
     calls = [(turn, key) for turn in range(-1, rounds) for key in functions if key not in few or turn in (0, 1)]
     with tqdm(calls, desc=title) as bar:
         for turn, key in bar:
+            if errors is not None and key in errors:
+                continue
             bar.set_postfix_str(key)
-            taken = clock(functions[key])
+            try:
+                taken = clock(functions[key])
+            except (RuntimeError, MemoryError) as error:
+                if errors is None:
+                    raise
+                errors[key] = (str(error).splitlines() or [type(error).__name__])[0]
+                continue
             if turn >= 0:
                 seconds[key].append(taken)
     return {
         key: {"median": statistics.median(s), "min": min(s), "max": max(s), "runs": len(s)}
         for key, s in seconds.items()
+        if key not in (errors or ())
     }
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from monai.bundle import ConfigParser
 
-__all__ = ["build_network", "network_names"]
+__all__ = ["build_network", "first_cause", "network_names"]
 
 _CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -25,6 +25,19 @@ _CONFIGS = Path(__file__).parents[2] / "configs"
 def network_names() -> list[str]:
     """The overlays in configs/networks, by name."""
     return sorted(path.stem for path in (_CONFIGS / "networks").glob("*.yaml"))
+
+
+def first_cause(error: BaseException) -> str:
+    """
+    Args:
+        error: what MONAI's config parser or a network raised.
+
+    Returns:
+        the first line of what was raised at first.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def build_network(

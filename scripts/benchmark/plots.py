@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .efficiency import load_papers
+from .papers import load_papers
 
 __all__ = ["new_figure", "plots", "save"]
 
@@ -37,7 +37,7 @@ def plots(
         metric: in summary.json, of which the mean over classes is taken.
         training_steps: that a training took; the CO2-equivalent of one is multiplied by it.
         papers: draw the papers' own figures instead.
-        output_dir: where dice_against_memory.png and dice_against_co2.png are written; default: ``results_dir``.
+        output_dir: where dice_against_memory-*.png and dice_against_co2-*.png are written; default: ``results_dir``.
 
     Raises:
         FileNotFoundError: when there is nothing to draw in the folder.
@@ -48,23 +48,24 @@ def plots(
         if setup not in known:
             raise ValueError(f"the papers have no set-up {setup!r}; they have: {', '.join(known)}.")
         points = [{"network": network, **figures} for network, figures in known[setup].items()]
-        title, unit = f"{setup}, the papers' own figures", "kg"
+        title, unit, kind = f"{setup}, the papers' own figures", "kg", "papers"
     else:
         points = _collect(results_dir, setup, metric, training_steps)
-        title, unit = setup, "g"
+        title, unit, kind = setup, "g", "measured"
     folder = Path(output_dir or results_dir)
     if not str(output_dir or results_dir):
         raise ValueError("give --output_dir, where the pictures go.")
     folder.mkdir(parents=True, exist_ok=True)
-    for key, label in (
-        ("memory", "peak memory of a training step, GB"),
-        ("co2", f"CO2-equivalent of training, {unit}"),
-    ):
+    trained = "a training step" if training_steps == 1 and not papers else "training"
+    labels = {"memory": "peak memory of a training step, GB", "co2": f"CO2-equivalent of {trained}, {unit}"}
+    for key, label in labels.items():
         found = [p for p in points if key in p and "dice" in p]
         if found:
-            path = folder / f"dice_against_{key}.png"
+            path = folder / f"dice_against_{key}-{setup.lower()}-{kind}.png"
             _draw(found, key, label, title, path)
             print(f"written: {path}")
+        else:
+            print(f"{title}: no network has both Dice and {key}.")
 
 
 def _collect(results_dir: str, setup: str, metric: str, training_steps: int) -> list[dict[str, Any]]:
@@ -81,7 +82,7 @@ def _collect(results_dir: str, setup: str, metric: str, training_steps: int) -> 
         training = row.get("training", {})
         if summary.is_file() and "median" in training:
             dice = json.loads(summary.read_text())[metric]["mean"]["mean"]
-            points.append({"network": row["network"], "dice": dice, "memory": training["peak_mib"] * 2**20 / 1e9})
+            points.append({"network": row["network"], "dice": dice, "memory": training["memory_mib"] * 2**20 / 1e9})
             points[-1]["co2"] = training["co2_g"] * training_steps
     if not points:
         raise FileNotFoundError(f"{folder}: there is no <network>/summary.json of a network timed in {files[0].name}.")

@@ -21,6 +21,7 @@ from .apart import run_apart
 from .measuring import describe, file_name, free_gb, machine, pick_device, write_results
 from .networks import network_names
 from .plots import new_figure, save
+from .steps import DTYPES
 
 __all__ = ["exponent", "scaling"]
 
@@ -42,11 +43,12 @@ def scaling(
     """
     How time and peak memory of networks grow with the volume: cubes of growing size, batch 1, up to the first that
     does not fit or takes too long, each network in processes of its own. Fits time ~ voxels ** exponent, to all sizes
-    and to the largest two: what a volume costs whatever its size, as the optimizer's step, makes the first smaller.
+    and to the largest two: what a volume costs whatever its size, as the optimizer's step, makes the first smaller; and
+    likewise the peak memory, less what the process held before the network was made.
 
     Args:
-        networks: names of overlays in configs/networks, with commas between them.
-        sizes: voxels an axis; those that a network does not take are left out of its curve.
+        networks: names of overlays in configs/networks, with commas between them, or "all".
+        sizes: voxels an axis; one that a network does not take is left out of its curve.
         steps: of "inference" and "training" (forward, Dice loss, backward, Adam).
         rounds: timed runs at each size, after one that is not timed.
         seconds: no larger size is tried after one whose first run took longer.
@@ -59,41 +61,49 @@ def scaling(
         name: of the machine in the files' names; default: its processor's or GPU's.
 
     Raises:
-        ValueError: when a network or the device is unknown.
+        ValueError: when a network, a step, the device or the precision is unknown.
     """
     names, wanted = _names(networks), _names(steps)
+    names = network_names() if names == ["all"] else names
     unknown = [x for x in names if x not in network_names()] + [x for x in wanted if x not in ("inference", "training")]
     if unknown:
         raise ValueError(f"unknown: {', '.join(unknown)}. Networks are: {', '.join(network_names())}.")
     device = pick_device(device)
     precision = precision or ("fp16" if device.startswith("cuda") else "fp32")
+    sides = sorted([sizes] if isinstance(sizes, int) else sizes)
+    if rounds < 1 or precision not in DTYPES:
+        raise ValueError(
+            f"rounds must be at least 1 and precision one of {', '.join(DTYPES)}: {rounds}, {precision!r}."
+        )
     options: dict[str, Any] = {"in_channels": in_channels, "out_channels": out_channels, "rounds": rounds}
     options |= {"device": device, "precision": precision, "seconds": seconds, "memory_gb": memory_gb or free_gb()}
-    curves = []
+    results: dict[str, Any] = {"machine": machine(device), "precision": precision, "rounds": rounds, "curves": []}
+    stem = f"scaling-{name or file_name(str(results['machine']['name']))}"
     for network, step in tqdm([(n, s) for n in names for s in wanted], desc="scaling"):
         points: list[dict[str, Any]] = []
-        end = ""
-        left = sorted(sizes)
+        end, left = "", sides
         while left:
-            cubes = [[side] * 3 for side in left]
-            for found in run_apart(network, spatial_sizes=cubes, steps=[step], **options):
-                left = left[1:]
+            for found in run_apart(network, [step], spatial_sizes=[[side] * 3 for side in left], **options):
                 if "error" in found:
-                    end = found["error"]
+                    at = found.get("spatial_size", [left[0]])[0]
+                    end = f"{at}^3 {found['error']}"
+                    left = [side for side in left if side > at]
                     break
-                points.append({"side": found["spatial_size"][0], **{k: found[k] for k in ("seconds", "peak")}})
-                end = ""
-            if not end.startswith("does not take this size"):  # a larger one may be taken
+                point = {key: found[key] for key in ("seconds", "base_mib", "peak_mib")}
+                points.append({"side": found["spatial_size"][0], **point})
+            else:
+                break
+            if "does not take this size" not in end:  # a larger one may be taken
                 break
         curve = {"network": network, "step": step, "points": points, "end": end}
         if len(points) > 2:
             pairs = [(p["side"] ** 3, p["seconds"]) for p in points]
             curve |= {"exponent": exponent(pairs), "last_exponent": exponent(pairs[-2:])}
-        curves.append(curve)
-    results: dict[str, Any] = {"machine": machine(device), "precision": precision, "curves": curves}
-    stem = f"scaling-{name or file_name(str(results['machine']['name']))}"
-    write_results(results, _markdown(results), stem, output_dir)
-    _draw(results, Path(output_dir) / f"{stem}.png")
+            memory = [(p["side"] ** 3, p["peak_mib"] - points[0]["base_mib"]) for p in points]
+            curve["memory_exponent"] = exponent([pair for pair in memory if pair[1] > 0])
+        results["curves"].append(curve)
+        write_results(results, _markdown(results), stem, output_dir)  # what is done is kept
+        _draw(results, Path(output_dir) / f"{stem}.png")
 
 
 def _names(given: str | Sequence[str]) -> list[str]:
@@ -115,12 +125,14 @@ def _markdown(results: dict) -> str:
     lines = [f"Measured on {describe(results['machine'])}; {results['precision']}, batch 1. Median s, peak MiB.", ""]
     sides = sorted({p["side"] for curve in results["curves"] for p in curve["points"]})
     cubes = " | ".join(f"{side}^3" for side in sides)
-    lines.append(f"| network | step | {cubes} | exponent of time in voxels | of the last two | ends |")
-    lines += ["| --- " * (len(sides) + 5) + "|"]
+    lines.append(f"| network | step | {cubes} | exponent of time in voxels | of the last two | of memory | ends |")
+    lines += ["| --- " * (len(sides) + 6) + "|"]
     for curve in results["curves"]:
-        at = {p["side"]: f"{p['seconds']:.3f}, {p['peak']:,}" for p in curve["points"]}
+        at = {p["side"]: f"{p['seconds']:.3f}, {p['peak_mib']:,}" for p in curve["points"]}
         cells = [curve["network"], curve["step"], *(at.get(side, "") for side in sides)]
-        cells += [f"{curve[key]:.2f}" if key in curve else "" for key in ("exponent", "last_exponent")]
+        cells += [
+            f"{curve[key]:.2f}" if key in curve else "" for key in ("exponent", "last_exponent", "memory_exponent")
+        ]
         cells.append(curve["end"])
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -132,7 +144,7 @@ def _draw(results: dict, path: Path) -> None:
     steps = list(dict.fromkeys(curve["step"] for curve in results["curves"]))
     figure, axes = new_figure(len(steps), 2)
     for row, step in enumerate(steps):
-        for column, (key, label) in enumerate((("seconds", "s"), ("peak", "peak memory, MiB"))):
+        for column, (key, label) in enumerate((("seconds", "s"), ("peak_mib", "peak memory, MiB"))):
             axis = axes[row][column]
             for curve in results["curves"]:
                 if curve["step"] == step and curve["points"]:

@@ -13,8 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from monai.losses import DiceLoss
 
-__all__ = ["inference_step", "training_step"]
+from .measuring import synchronize
+
+__all__ = ["DTYPES", "inference_step", "make_step", "training_step"]
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Of autocast, by the configs' names."""
 
 
 def inference_step(network: torch.nn.Module, image: torch.Tensor, dtype: torch.dtype | None = None) -> None:
@@ -30,29 +36,56 @@ def inference_step(network: torch.nn.Module, image: torch.Tensor, dtype: torch.d
         network(image)
 
 
-def training_step(
-    network: torch.nn.Module,
-    image: torch.Tensor,
-    dtype: torch.dtype | None = None,
-    label: torch.Tensor | None = None,
-    loss_function: Callable[..., torch.Tensor] | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
-) -> None:
+def training_step(network: torch.nn.Module, image: torch.Tensor, dtype: torch.dtype | None = None) -> None:
     """
-    Forward, loss and backward, and a step of the optimizer where one is given. The gradients are let go at the end.
+    Forward and backward of the logits' mean square. The gradients are let go at the end.
 
     Args:
         network: in training mode.
         image: (B, C, D, H, W).
         dtype: of autocast; None for none.
-        label: (B, 1, D, H, W), class numbers.
-        loss_function: takes logits and label; default: the logits' mean square.
-        optimizer: of the network's parameters.
     """
     with torch.autocast(image.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-        logits = network(image).float()
-        loss = logits.square().mean() if loss_function is None else loss_function(logits, label)
-    loss.backward()
-    if optimizer is not None:
-        optimizer.step()
+        logits = network(image)
+    logits.float().square().mean().backward()
     network.zero_grad(set_to_none=True)
+
+
+def make_step(
+    network: torch.nn.Module, step: str, image: torch.Tensor, out_channels: int, dtype: torch.dtype | None = None
+) -> Callable[[], None]:
+    """
+    A step as a user takes it: inference, or training with Dice loss and Adam, whose states are there from the start.
+
+    Args:
+        network: on the image's device.
+        step: "inference" or "training".
+        image: (B, C, D, H, W).
+        out_channels: of the logits; the labels are drawn at random.
+        dtype: of autocast; None for none.
+
+    Returns:
+        what takes the step and waits for its end.
+    """
+    if step == "training":
+        label = torch.randint(0, out_channels, (image.shape[0], 1, *image.shape[2:]), device=image.device)
+        loss_function = DiceLoss(to_onehot_y=True, softmax=True)
+        optimizer = torch.optim.Adam(network.parameters())
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # of zero length
+        optimizer.zero_grad(set_to_none=True)
+
+    def call() -> None:
+        network.train(step == "training")
+        if step == "training":
+            with torch.autocast(image.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+                logits = network(image)
+            loss_function(logits.float(), label).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        else:
+            inference_step(network, image, dtype)
+        synchronize(image.device)
+
+    return call
