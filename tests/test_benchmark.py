@@ -266,6 +266,12 @@ def test_scaling(bundle_root, tmp_path):
     peaks = [p["peak_mib"] for p in curve["points"]]
     assert peaks == sorted(peaks) and peaks[0] > 100
     assert curve["exponent"] > 0 and curve["memory_exponent"] > 0
+    result = run(
+        bundle_root, "scaling", "--networks", "unet", *options[2:], "--output_dir", str(tmp_path), "--name", "x"
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    both = json.loads((tmp_path / "scaling-x.json").read_text())["curves"]
+    assert both[0] == curve and [c["network"] for c in both] == ["segresmamba_text", "unet"]
     assert (tmp_path / "scaling-x.png").stat().st_size > 10000
     assert "| segresmamba_text | inference |" in (tmp_path / "scaling-x.md").read_text()
 
@@ -363,3 +369,29 @@ def test_the_figures_in_the_text_of_the_page():
     for number in found:
         digits = len(number.partition(".")[2])
         assert any(f"{value:.{digits}f}" == number for value in known), number
+
+
+def test_segresmamba_was_measured_to_grow_in_proportion_to_the_volume():
+    curves = json.loads((BUNDLE_ROOT / "docs" / "benchmarks" / "scaling-amd_epyc.json").read_text())["curves"]
+    own = [curve for curve in curves if curve["network"].startswith("segresmamba")]
+    assert len(own) == 4 and all(curve["points"][-1]["side"] >= 128 for curve in own)
+    assert all(curve[key] <= 1.1 for curve in own for key in ("exponent", "last_exponent"))
+
+
+def test_the_speed_in_the_readme_is_what_was_measured():
+    measured = json.loads((BUNDLE_ROOT / "docs" / "benchmarks" / "cpu-amd_epyc.json").read_text())
+
+    def ratio(table: str, one: str, other: str) -> float:
+        return measured[table][one]["median"] / measured[table][other]["median"]
+
+    text = " ".join((BUNDLE_ROOT / "README.md").read_text().split())
+    assert f"1/{ratio('scan', 'reference forward', 'numba forward'):.0f} of the time of a loop" in text
+    assert f"1/{ratio('scan', 'chunked forward', 'numba forward'):.0f} of `chunked`'s" in text
+    tom = ratio("inference", "SegResMamba (text)", "SegResMamba (text) without ToM")
+    assert f"{tom:.2f} times the time of the same network without its Mamba layers" in text
+    swin = ratio("inference", "SwinUNETR (48)", "SegResMamba (text)")
+    assert f"SwinUNETR(48) {swin:.1f} times that of SegResMamba" in text
+    assert f"takes {ratio('training', 'compact', 'compact without ToM'):.2f} times that of the one without" in text
+    memory = measured["training_memory"]
+    peaks = [f"{memory[key]['peak_mib']:,} MiB" for key in ("with ToM", "without ToM")]
+    assert f"peaks at {peaks[0]} ({peaks[1]} without" in (BUNDLE_ROOT / "docs" / "README.md").read_text()

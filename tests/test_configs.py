@@ -159,16 +159,25 @@ def test_every_network_trains_and_segments(network, tmp_path, phantom_dir, workf
 
 
 def test_deep_supervision(tmp_path, phantom_dir, workflow):
-    """The loss is that of several levels in training, while validation sees one output."""
-    settings = {"patch_size": [16, 16, 16], "spacing": [12.0, 12.0, 12.0], "max_epochs": 1, "batch_size": 4}
-    settings |= {key: TINY[key] for key in ("device", "num_folds", "sw_overlap", "check_data", "pictures")}
+    """The loss is that of several levels in training, while validation, evaluation and inference see one output."""
+    settings = {
+        "patch_size": [16, 16, 16],
+        "spacing": [12.0, 12.0, 12.0],
+        "network_def#channels": [8, 8, 16, 16, 16, 16],
+    }
+    settings |= {key: TINY[key] for key in ("device", "sw_overlap", "pictures")}
     settings |= {"dataset_dir": str(phantom_dir), "ckpt_dir": str(tmp_path / "models"), "output_dir": str(tmp_path)}
+    training = {**settings, "max_epochs": 1, "batch_size": 4, "num_folds": 3, "check_data": False}
     overlays = ["tasks/phantom.yaml", "networks/umamba_bot.yaml", "options/deep_supervision.yaml"]
-    flow = workflow(["train", *overlays], **settings, **{"network_def#channels": [8, 8, 16, 16, 16, 16]})
+    flow = workflow(["train", *overlays], **training)
     flow.run()
     assert np.isfinite(flow.trainer.state.metrics["train_loss"])
-    assert all(head.weight.grad.abs().sum() > 0 for head in flow.network_def.heads)
     assert len(flow.network_def.heads) == 5
+    assert all(head.weight.grad.abs().sum() > 0 for head in flow.network_def.heads)
+    workflow(["train", "evaluate", *overlays], "evaluation", **training).run()
+    assert json.loads((tmp_path / "summary.json").read_text())["cases"] == 2
+    workflow(["inference", *overlays], "inference", **settings).run()
+    assert len(list(tmp_path.glob("*_seg.nii.gz"))) == 2
 
 
 @pytest.mark.parametrize("network", NETWORKS)

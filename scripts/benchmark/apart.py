@@ -65,7 +65,7 @@ def apart(
         device: "cpu" or "cuda".
         precision: "fp32", or "bf16" or "fp16" by autocast.
         memory_gb: more than this many GB of address space for data are refused (Linux, CPU); 0 for no limit.
-        seconds: no larger size after one whose first run took longer; 0 for no limit.
+        seconds: no larger size after one that took longer (the median); 0 for no limit.
         overrides: further keys of the configs.
     """
     retain_freed_memory()  # as the configs do
@@ -88,9 +88,10 @@ def apart(
             print(json.dumps(at | {"base_mib": base} | found), flush=True)
             if "error" in found:
                 break
-            if seconds and found["first"] > seconds and k + 1 < len(spatial_sizes):
+            taken = found.get("seconds", found["first"])
+            if seconds and taken > seconds and k + 1 < len(spatial_sizes):
                 at["spatial_size"] = list(spatial_sizes[k + 1])
-                print(json.dumps({**at, "error": f"not tried: {found['first']:.0f} s before"}), flush=True)
+                print(json.dumps({**at, "error": f"not tried, {taken:.1f} s before"}), flush=True)
                 break
 
 

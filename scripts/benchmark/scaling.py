@@ -10,6 +10,7 @@
 # limitations under the License.
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,14 +45,15 @@ def scaling(
     How time and peak memory of networks grow with the volume: cubes of growing size, batch 1, up to the first that
     does not fit or takes too long, each network in processes of its own. Fits time ~ voxels ** exponent, to all sizes
     and to the largest two: what a volume costs whatever its size, as the optimizer's step, makes the first smaller; and
-    likewise the peak memory, less what the process held before the network was made.
+    likewise the peak memory, less what the process held before the network was made. Other networks' curves from an
+    earlier run on the same machine, with the same versions and rounds, stay in the files.
 
     Args:
         networks: names of overlays in configs/networks, with commas between them, or "all".
         sizes: voxels an axis; one that a network does not take is left out of its curve.
         steps: of "inference" and "training" (forward, Dice loss, backward, Adam).
         rounds: timed runs at each size, after one that is not timed.
-        seconds: no larger size is tried after one whose first run took longer.
+        seconds: no larger size is tried after one that took longer.
         in_channels: channels of the input.
         out_channels: channels of the output.
         device: "cpu" or "cuda"; default: "cuda" where there is one.
@@ -79,6 +81,11 @@ def scaling(
     options |= {"device": device, "precision": precision, "seconds": seconds, "memory_gb": memory_gb or free_gb()}
     results: dict[str, Any] = {"machine": machine(device), "precision": precision, "rounds": rounds, "curves": []}
     stem = f"scaling-{name or file_name(str(results['machine']['name']))}"
+    earlier = Path(output_dir) / f"{stem}.json"
+    if earlier.is_file():
+        before = json.loads(earlier.read_text())
+        if all(before.get(key) == results[key] for key in ("machine", "precision", "rounds")):
+            results["curves"] = [c for c in before["curves"] if c["network"] not in names or c["step"] not in wanted]
     for network, step in tqdm([(n, s) for n in names for s in wanted], desc="scaling"):
         points: list[dict[str, Any]] = []
         end, left = "", sides
@@ -127,7 +134,7 @@ def _markdown(results: dict) -> str:
     cubes = " | ".join(f"{side}^3" for side in sides)
     lines.append(f"| network | step | {cubes} | exponent of time in voxels | of the last two | of memory | ends |")
     lines += ["| --- " * (len(sides) + 6) + "|"]
-    for curve in results["curves"]:
+    for curve in sorted(results["curves"], key=lambda c: c["network"]):
         at = {p["side"]: f"{p['seconds']:.3f}, {p['peak_mib']:,}" for p in curve["points"]}
         cells = [curve["network"], curve["step"], *(at.get(side, "") for side in sides)]
         cells += [
