@@ -149,17 +149,19 @@ def _draw(results: dict, path: Path) -> None:
     from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     steps = list(dict.fromkeys(curve["step"] for curve in results["curves"]))
+    curves = sorted(results["curves"], key=lambda curve: curve["network"])
+    colors = {name: f"C{k % 10}" for k, name in enumerate(dict.fromkeys(curve["network"] for curve in curves))}
     figure, axes = new_figure(len(steps), 2)
     for row, step in enumerate(steps):
         for column, (key, label) in enumerate((("seconds", "s"), ("peak_mib", "peak memory, MiB"))):
             axis = axes[row][column]
-            for curve in results["curves"]:
+            for curve in curves:
                 if curve["step"] == step and curve["points"]:
                     text = curve["network"]
                     if key == "seconds" and "exponent" in curve:
                         text += f" ({curve['exponent']:.2f})"
                     values = [(p["side"], p[key]) for p in curve["points"]]
-                    axis.plot(*zip(*values), marker="o", markersize=4, label=text)
+                    axis.plot(*zip(*values), color=colors[curve["network"]], marker="o", markersize=4, label=text)
             axis.set(xscale="log", yscale="log", xlabel="voxels an axis", ylabel=f"{step}, {label}")
             sides = sorted({p["side"] for curve in results["curves"] for p in curve["points"]})
             axis.set_xticks(sides, [str(side) for side in sides])
