@@ -23,7 +23,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from scripts.datalist import dataset_channels, dataset_classes, decathlon_datalist
+from scripts.datalist import dataset_channels, dataset_classes, load_datalist
+from scripts.layouts import layout_cases
 
 __all__ = ["channel_count", "class_names", "image_list"]
 
@@ -64,12 +65,14 @@ def channel_count(dataset_dir: str | os.PathLike, default: int) -> int:
     return default if folder is None else dataset_channels(folder)
 
 
-def image_list(dataset_dir: str | os.PathLike) -> list[dict]:
+def image_list(dataset_dir: str | os.PathLike, layout: str = "decathlon") -> list[dict]:
     """Volumes to run inference on: the test cases of a data set, or every volume that lies in a plain folder.
 
     Args:
         dataset_dir: a folder with dataset.json, with imagesTs, or with image files right in it
             (.nii.gz, .nii, .mha, .mhd, .nrrd; one volume each).
+        layout: "decathlon", or one of :py:data:`scripts.layouts.LAYOUTS`, whose cases without a label are taken, or all
+            where each has one. A folder of plain images is one in either case.
 
     Returns:
         Dicts with the absolute path, or paths, "image", sorted by name.
@@ -81,9 +84,14 @@ def image_list(dataset_dir: str | os.PathLike) -> list[dict]:
     folder = Path(os.path.abspath(os.path.expanduser(dataset_dir)))
     if not folder.is_dir():
         raise FileNotFoundError(f"The folder {folder} does not exist: give --dataset_dir a folder of images.")
+    if layout != "decathlon":
+        try:
+            return [{"image": item["image"]} for item in layout_cases(folder, layout, labelled=False)]
+        except FileNotFoundError:
+            pass  # a folder of plain images
     path = folder / "dataset.json"
     if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("test"):
-        return [{"image": item["image"]} for item in decathlon_datalist(folder, "test")]
+        return [{"image": item["image"]} for item in load_datalist(folder, "test")]
     source = folder / "imagesTs" if (folder / "imagesTs").is_dir() else folder
     images = sorted(
         str(file) for file in source.iterdir() if file.name.endswith(_IMAGE_SUFFIXES) and not file.name.startswith(".")

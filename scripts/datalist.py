@@ -9,10 +9,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Data lists of a folder in the Medical Segmentation Decathlon's layout, and a check of the files before training.
+"""Data lists of a folder, with folds, and a check of the files before training.
 
-The layout is a folder with ``dataset.json`` beside ``imagesTr``, ``labelsTr`` and, for test cases, ``imagesTs``. The
-``training`` entries of dataset.json hold an ``image`` (one file, or a list of files, one per channel) and a ``label``.
+Unless another layout is named, it is the Medical Segmentation Decathlon's: a folder with ``dataset.json`` beside
+``imagesTr``, ``labelsTr`` and, for test cases, ``imagesTs``. The ``training`` entries of dataset.json hold an ``image``
+(one file, or a list of files, one per channel) and a ``label``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from monai.data import load_decathlon_datalist, partition_dataset
 from monai.transforms import LoadImage
 from monai.utils import ensure_tuple, optional_import
 
-__all__ = ["check_dataset", "dataset_channels", "dataset_classes", "decathlon_datalist"]
+from scripts.layouts import layout_cases
+
+__all__ = ["check_dataset", "dataset_channels", "dataset_classes", "load_datalist"]
 
 _SUBSETS = ("training", "validation", "all", "test")
 _LAYOUT = (
@@ -39,34 +42,55 @@ _LAYOUT = (
 )
 
 
-def decathlon_datalist(
-    dataset_dir: str | os.PathLike, subset: str = "training", fold: int = 0, num_folds: int = 5, seed: int = 0
+def load_datalist(
+    dataset_dir: str | os.PathLike,
+    subset: str = "training",
+    fold: int = 0,
+    num_folds: int = 5,
+    seed: int = 0,
+    layout: str = "decathlon",
+    test_cases: Sequence[str] = (),
 ) -> list[dict]:
-    """List the cases of a subset of a data set in the Decathlon's layout.
+    """List the cases of a subset of a data set.
 
     The labelled cases are sorted by file name, shuffled by ``seed`` and dealt out to ``num_folds`` folds, so that the
-    split depends on the names alone, whatever the order in dataset.json and wherever the folder lies.
+    split depends on the names alone, whatever the order in dataset.json and wherever the folder lies. Cases of one
+    patient, where the layout tells, stay together.
 
     Args:
-        dataset_dir: the folder that holds dataset.json.
-        subset: "training" for all folds but ``fold``, "validation" for ``fold``, "all" for every labelled case, "test"
-            for the test cases. These carry a label where ``labelsTs`` holds a file named like the image.
+        dataset_dir: the data set's folder.
+        subset: "training" for all folds but ``fold``, "validation" for ``fold``, "all" for every case of the folds,
+            "test" for the test cases. In the Decathlon's layout these carry a label where ``labelsTs`` holds a file
+            named like the image.
         fold: number of the fold to validate on, from 0. Only for "training" and "validation".
         num_folds: number of folds, at least 2. Only for "training" and "validation".
         seed: seed of the shuffle.
+        layout: "decathlon", or one of :py:data:`scripts.layouts.LAYOUTS`.
+        test_cases: names of labelled cases, the image's file name without suffix, or of patients, that belong to no
+            fold: they are the "test" subset then.
 
     Returns:
         Dicts sorted by file name with the absolute paths "image" (a string or a list of strings) and "label" (a string)
-        and whatever else dataset.json holds for the case.
+        and whatever else the layout tells of the case.
 
     Raises:
         FileNotFoundError: When the folder, dataset.json, or a folder named by its entries does not exist.
-        ValueError: When an argument is out of range, there are fewer cases than folds, dataset.json is malformed, or it
-            lists no case of the subset.
+        ValueError: When an argument is out of range, there are fewer cases than folds, dataset.json is malformed, or
+            there is no case of the subset, or none of a name in ``test_cases``.
     """
     if subset not in _SUBSETS:
         raise ValueError(f"subset must be one of {', '.join(_SUBSETS)}, got {subset!r}.")
-    items = _load_items(dataset_dir, "test" if subset == "test" else "training")
+    unlabelled = subset == "test" and not test_cases
+    if layout == "decathlon":
+        items = _load_items(dataset_dir, "test" if unlabelled else "training")
+    else:
+        items = layout_cases(dataset_dir, layout, labelled=not unlabelled)
+    if test_cases:
+        names = [{_case_name(item), item.get("group")} for item in items]
+        unknown = set(test_cases).difference(*names)
+        if unknown:
+            raise ValueError(f"{dataset_dir} has no case {sorted(unknown)[0]!r}, which test_cases names.")
+        items = [item for item, own in zip(items, names) if (not own.isdisjoint(test_cases)) == (subset == "test")]
     if subset in ("all", "test"):
         return items
 
@@ -75,13 +99,20 @@ def decathlon_datalist(
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
     if fold >= num_folds:
         raise ValueError(f"fold must be from 0 to {num_folds - 1} where num_folds={num_folds}, got {fold}.")
-    if len(items) < num_folds:
+    groups = list(dict.fromkeys(item.get("group", index) for index, item in enumerate(items)))
+    if len(groups) < num_folds:
         raise ValueError(
-            f"{dataset_dir} lists {len(items)} labelled cases, too few for num_folds={num_folds}: lower num_folds."
+            f"{dataset_dir} lists {len(groups)} labelled cases, too few for num_folds={num_folds}: lower num_folds."
         )
-    folds = partition_dataset(range(len(items)), num_partitions=num_folds, shuffle=True, seed=seed)
-    held_out = set(folds[fold])
-    return [item for index, item in enumerate(items) if (index in held_out) == (subset == "validation")]
+    folds = partition_dataset(range(len(groups)), num_partitions=num_folds, shuffle=True, seed=seed)
+    held_out = {groups[index] for index in folds[fold]}
+    return [
+        item for index, item in enumerate(items) if (item.get("group", index) in held_out) == (subset == "validation")
+    ]
+
+
+def _case_name(item: dict) -> str:
+    return item.get("case") or re.sub(r"\.nii(\.gz)?$", "", os.path.basename(ensure_tuple(item["image"])[0]))
 
 
 def dataset_channels(dataset_dir: str | os.PathLike) -> int:

@@ -26,7 +26,7 @@ import torch
 from monai.metrics import DiceMetric
 from monai.transforms import LoadImage
 
-from scripts.datalist import dataset_classes, decathlon_datalist
+from scripts.datalist import dataset_classes, load_datalist
 
 __all__ = ["dice_of_test_cases", "dice_table"]
 
@@ -54,7 +54,7 @@ def dice_of_test_cases(
     num_classes = len(dataset_classes(dataset_dir))
     metric = DiceMetric(include_background=False, num_classes=num_classes)
     names = []
-    for item in decathlon_datalist(dataset_dir, "test"):
+    for item in load_datalist(dataset_dir, "test"):
         image = item["image"] if isinstance(item["image"], str) else item["image"][0]
         name = os.path.basename(image).removesuffix(".gz").removesuffix(".nii")
         if "label" not in item:

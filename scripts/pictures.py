@@ -140,8 +140,9 @@ class OverlayPictures:
     """
     Handler of an evaluator that writes, per case, a PNG of the label maps over the image (:py:func:`draw_overlay`).
 
-    It takes the label maps as the engine's postprocessing leaves them, on the image's original grid, as label values or
-    one-hot, and reads the image afresh from its file: of an image of several channels, the first one.
+    It takes the label maps as the engine's postprocessing leaves them, on the image's original grid, as label values,
+    one-hot, or as regions that hold one another (one channel for each class but the background; the smallest is drawn
+    on top), and reads the image afresh from its file: of an image of several channels, the first one.
 
     Args:
         output_dir: folder to write to; files are named like the image.
@@ -224,7 +225,12 @@ class OverlayPictures:
     def _label_map(self, labels: torch.Tensor, image: MetaTensor) -> np.ndarray:
         """Label values in RAS orientation, shape (X, Y, Z), from label values or one-hot on the image's grid."""
         labels = labels.detach().cpu().as_subclass(torch.Tensor)
-        labels = labels.argmax(0, keepdim=True) if labels.shape[0] > 1 else labels
+        if labels.shape[0] > 1 and labels.shape[0] == len(self.class_names) - 1:
+            regions, labels = labels, torch.zeros_like(labels[:1])
+            for k in regions.flatten(1).sum(1).argsort(descending=True).tolist():
+                labels[regions[k : k + 1] > 0] = k + 1
+        elif labels.shape[0] > 1:
+            labels = labels.argmax(0, keepdim=True)
         return self._to_ras(MetaTensor(labels, affine=image.affine))[0].numpy().astype(np.int64)
 
 

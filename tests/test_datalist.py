@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scripts.datalist import check_dataset, dataset_channels, dataset_classes, decathlon_datalist
+from scripts.datalist import check_dataset, dataset_channels, dataset_classes, load_datalist
 
 DATA = Path(os.environ.get("SEGRESMAMBA_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 HIPPOCAMPUS = DATA / "Task04_Hippocampus"
@@ -85,12 +85,12 @@ def dataset(tmp_path) -> Path:
 @pytest.mark.parametrize("num_folds", [2, 4, 5])
 def test_folds_are_disjoint_and_cover_all_cases(tmp_path, num_folds):
     folder = write_dataset(tmp_path / "set", num_cases=11)
-    everything = names(decathlon_datalist(folder, "all"))
+    everything = names(load_datalist(folder, "all"))
     assert everything == sorted(everything) and len(everything) == 11
     held_out = []
     for fold in range(num_folds):
-        train = names(decathlon_datalist(folder, "training", fold=fold, num_folds=num_folds))
-        val = names(decathlon_datalist(folder, "validation", fold=fold, num_folds=num_folds))
+        train = names(load_datalist(folder, "training", fold=fold, num_folds=num_folds))
+        val = names(load_datalist(folder, "validation", fold=fold, num_folds=num_folds))
         assert not set(train) & set(val) and sorted(train + val) == everything
         assert len(val) in (11 // num_folds, 11 // num_folds + 1)
         held_out += val
@@ -100,20 +100,20 @@ def test_folds_are_disjoint_and_cover_all_cases(tmp_path, num_folds):
 def test_split_ignores_the_order_in_the_file_and_the_place_of_the_folder(tmp_path):
     one, two = write_dataset(tmp_path / "zz" / "set", 11), write_dataset(tmp_path / "a", 11)
     rewrite_json(two, training=json.loads((two / "dataset.json").read_text())["training"][::-1])
-    assert names(decathlon_datalist(one, "validation")) == names(decathlon_datalist(two, "validation"))
+    assert names(load_datalist(one, "validation")) == names(load_datalist(two, "validation"))
 
 
 def test_split_is_shuffled_by_the_seed(tmp_path):
     folder = write_dataset(tmp_path / "set", num_cases=11)
-    splits = [names(decathlon_datalist(folder, "validation", seed=seed)) for seed in (0, 0, 1, 2)]
+    splits = [names(load_datalist(folder, "validation", seed=seed)) for seed in (0, 0, 1, 2)]
     assert splits[0] == splits[1]
     assert len({tuple(s) for s in splits}) == 3
-    assert names(decathlon_datalist(folder, "all", seed=0)) == names(decathlon_datalist(folder, "all", seed=1))
+    assert names(load_datalist(folder, "all", seed=0)) == names(load_datalist(folder, "all", seed=1))
 
 
 def test_paths_are_absolute_whatever_the_working_directory(dataset, monkeypatch):
     monkeypatch.chdir(dataset.parent)
-    item = decathlon_datalist("set", "all")[0]
+    item = load_datalist("set", "all")[0]
     assert item == {
         "image": str(dataset / "imagesTr" / "case0.nii.gz"),
         "label": str(dataset / "labelsTr" / "case0.nii.gz"),
@@ -123,15 +123,15 @@ def test_paths_are_absolute_whatever_the_working_directory(dataset, monkeypatch)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_test_cases_take_their_label_from_labels_ts_where_there_is_one(tmp_path, channels):
     folder = write_dataset(tmp_path / "set", num_cases=2, channels=channels, num_test=2)
-    items = decathlon_datalist(folder, "test")
+    items = load_datalist(folder, "test")
     assert [item["label"] for item in items] == [str(folder / "labelsTs" / f"case{i}.nii.gz") for i in (2, 3)]
     (folder / "labelsTs" / "case2.nii.gz").unlink()
-    assert ["label" in item for item in decathlon_datalist(folder, "test")] == [False, True]
+    assert ["label" in item for item in load_datalist(folder, "test")] == [False, True]
 
 
 def test_channel_files_stay_in_order(tmp_path):
     folder = write_dataset(tmp_path / "set", num_cases=2, channels=3)
-    item = decathlon_datalist(folder, "all")[1]
+    item = load_datalist(folder, "all")[1]
     assert item["image"] == [str(folder / "imagesTr" / f"case1_{c:04d}.nii.gz") for c in range(3)]
     assert dataset_channels(folder) == 3
 
@@ -149,17 +149,17 @@ def test_channel_files_stay_in_order(tmp_path):
 )
 def test_bad_arguments_of_a_list_are_named(dataset, arguments, message):
     with pytest.raises(ValueError, match=message):
-        decathlon_datalist(dataset, **arguments)
+        load_datalist(dataset, **arguments)
 
 
 def test_absent_folders_are_named_with_the_layout(dataset):
     with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; expected .* dataset.json, imagesTr"):
-        decathlon_datalist(dataset / "nowhere")
+        load_datalist(dataset / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"labelsTr has no dataset.json; expected .* dataset.json, imagesTr"):
-        decathlon_datalist(dataset / "labelsTr")
+        load_datalist(dataset / "labelsTr")
     (dataset / "imagesTr").rename(dataset / "images")
     with pytest.raises(FileNotFoundError, match=r"imagesTr, which does not exist; expected .* dataset.json, imagesTr"):
-        decathlon_datalist(dataset)
+        load_datalist(dataset)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_absent_folders_are_named_with_the_layout(dataset):
 def test_malformed_dataset_json_is_named(tmp_path, text, message):
     (tmp_path / "dataset.json").write_text(text)
     with pytest.raises(ValueError, match=f"dataset.json.*{message}"):
-        decathlon_datalist(tmp_path)
+        load_datalist(tmp_path)
 
 
 # ---- what dataset.json declares
@@ -269,7 +269,7 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_reported_with_its_file(dataset, name):
     key, spoil, message = FAULTS[name]
-    items = decathlon_datalist(dataset, "all")
+    items = load_datalist(dataset, "all")
     assert check_dataset(items, num_classes=3, num_channels=1, progress=False) == items
     spoil(items[2][key])
     with pytest.raises(ValueError, match=message) as caught:
@@ -280,7 +280,7 @@ def test_a_fault_is_reported_with_its_file(dataset, name):
 
 
 def test_all_faults_come_in_one_error(dataset):
-    items = decathlon_datalist(dataset, "all")
+    items = load_datalist(dataset, "all")
     truncate(items[0]["image"])
     os.remove(items[1]["label"])
     with_value(9, np.uint8)(items[4]["label"])
@@ -290,7 +290,7 @@ def test_all_faults_come_in_one_error(dataset):
 
 
 def test_long_lists_of_faults_are_cut(tmp_path):
-    items = decathlon_datalist(write_dataset(tmp_path / "set", num_cases=14), "all")
+    items = load_datalist(write_dataset(tmp_path / "set", num_cases=14), "all")
     with pytest.raises(ValueError, match="14 of 14 cases") as caught:
         check_dataset(items, num_classes=2, progress=False)
     lines = str(caught.value).splitlines()
@@ -298,7 +298,7 @@ def test_long_lists_of_faults_are_cut(tmp_path):
 
 
 def test_an_absent_folder_is_one_fault(dataset):
-    items = decathlon_datalist(dataset, "all")
+    items = load_datalist(dataset, "all")
     (dataset / "labelsTr").rename(dataset / "labels")
     with pytest.raises(ValueError, match=r"labelsTr: the folder does not exist, 6 files were expected") as caught:
         check_dataset(items, num_classes=3, progress=False)
@@ -306,7 +306,7 @@ def test_an_absent_folder_is_one_fault(dataset):
 
 
 def test_a_case_without_label_is_named_unless_no_label_is_asked_for(dataset):
-    items = decathlon_datalist(dataset, "all")
+    items = load_datalist(dataset, "all")
     del items[3]["label"]
     with pytest.raises(ValueError, match=r"case3.nii.gz\) has no 'label'"):
         check_dataset(items, num_classes=3, progress=False)
@@ -319,14 +319,14 @@ def test_an_empty_list_is_refused():
 
 
 def test_float_labels_of_whole_numbers_are_fine(dataset):
-    items = decathlon_datalist(dataset, "all")
+    items = load_datalist(dataset, "all")
     with_value(2.0, np.float32)(items[0]["label"])
     check_dataset(items, num_classes=3, progress=False)
 
 
 @pytest.mark.parametrize(("num_channels", "fits"), [(2, True), (None, True), (1, False), (4, False)])
 def test_channels_are_counted_over_a_list_of_files(tmp_path, num_channels, fits):
-    items = decathlon_datalist(write_dataset(tmp_path / "set", num_cases=2, channels=2), "all")
+    items = load_datalist(write_dataset(tmp_path / "set", num_cases=2, channels=2), "all")
     if fits:
         check_dataset(items, num_classes=3, num_channels=num_channels, progress=False)
         return
@@ -335,14 +335,14 @@ def test_channels_are_counted_over_a_list_of_files(tmp_path, num_channels, fits)
 
 
 def test_a_case_short_of_a_channel_is_named(tmp_path):
-    items = decathlon_datalist(write_dataset(tmp_path / "set", num_cases=3, channels=2), "all")
+    items = load_datalist(write_dataset(tmp_path / "set", num_cases=3, channels=2), "all")
     items[1]["image"].pop()
     with pytest.raises(ValueError, match=r"case1_0000.nii.gz: has 1 channels instead of 2"):
         check_dataset(items, num_classes=3, progress=False)
 
 
 def test_optional_checks_can_be_left_out(dataset):
-    items = decathlon_datalist(dataset, "all")
+    items = load_datalist(dataset, "all")
     nan_voxel(items[0]["image"])
     save(np.ones(SHAPE, np.uint8), items[1]["label"], np.diag([2.0, 2.0, 2.0, 1.0]))
     with pytest.raises(ValueError, match="2 of 6 cases"):
@@ -361,7 +361,7 @@ def test_other_formats_are_read_too(tmp_path):
 
 
 def test_progress_bar_counts_cases(dataset, capsys):
-    items = decathlon_datalist(dataset, "all")
+    items = load_datalist(dataset, "all")
     check_dataset(items, num_classes=3)
     assert "Checking data" in capsys.readouterr().err
     check_dataset(items, num_classes=3, progress=False)
@@ -375,18 +375,18 @@ def test_progress_bar_counts_cases(dataset, capsys):
 def test_hippocampus_is_fit_for_training():
     classes = dataset_classes(HIPPOCAMPUS)
     assert classes == {0: "background", 1: "Anterior", 2: "Posterior"}
-    items = decathlon_datalist(HIPPOCAMPUS, "all")
+    items = load_datalist(HIPPOCAMPUS, "all")
     assert len(items) == 208
     check_dataset(items, num_classes=len(classes), num_channels=dataset_channels(HIPPOCAMPUS), progress=False)
     with pytest.raises(ValueError, match="208 of 208 cases"):
         check_dataset(items, num_classes=2, progress=False)
-    train, val = (decathlon_datalist(HIPPOCAMPUS, subset) for subset in ("training", "validation"))
+    train, val = (load_datalist(HIPPOCAMPUS, subset) for subset in ("training", "validation"))
     assert len(train) == 166 and len(val) == 42
 
 
 @needs_openms
 def test_openms_has_four_channels():
-    items = decathlon_datalist(OPENMS, "all")
+    items = load_datalist(OPENMS, "all")
     assert [len(item["image"]) for item in items] == [4, 4] and dataset_channels(OPENMS) == 4
     check_dataset(items[:1], num_classes=len(dataset_classes(OPENMS)), num_channels=4, progress=False)
 
@@ -395,4 +395,4 @@ def test_a_case_listed_twice_is_refused(dataset):
     training = json.loads((dataset / "dataset.json").read_text())["training"]
     rewrite_json(dataset, training=[*training, training[2]])
     with pytest.raises(ValueError, match="case2.*more than once"):
-        decathlon_datalist(dataset, "training", num_folds=3)
+        load_datalist(dataset, "training", num_folds=3)

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 from scripts import phantom
-from scripts.datalist import check_dataset, dataset_channels, dataset_classes, decathlon_datalist
+from scripts.datalist import check_dataset, dataset_channels, dataset_classes, load_datalist
 from scripts.phantom import PHANTOM_CLASSES, make_phantom, write_phantoms
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,9 +48,9 @@ def small(tmp_path_factory) -> Path:
 
 
 def test_written_folder_is_a_decathlon_data_set_fit_for_training(small):
-    items = decathlon_datalist(small, "all")
+    items = load_datalist(small, "all")
     assert len(items) == 5 and len(check_dataset(items, num_classes=5, num_channels=1, progress=False)) == 5
-    test_items = decathlon_datalist(small, "test")
+    test_items = load_datalist(small, "test")
     assert len(test_items) == 1 and Path(test_items[0]["label"]).parent.name == "labelsTs"
     check_dataset(test_items, num_classes=5, num_channels=1, progress=False)
     assert dataset_channels(small) == 1
@@ -62,8 +62,8 @@ def test_written_folder_is_a_decathlon_data_set_fit_for_training(small):
 
 
 def test_files_hold_int16_images_uint8_labels_and_varied_grids(small):
-    images = [nib.load(item["image"]) for item in decathlon_datalist(small, "all")]
-    labels = [nib.load(item["label"]) for item in decathlon_datalist(small, "all")]
+    images = [nib.load(item["image"]) for item in load_datalist(small, "all")]
+    labels = [nib.load(item["label"]) for item in load_datalist(small, "all")]
     assert {str(i.get_data_dtype()) for i in images} == {"int16"}
     assert {str(i.get_data_dtype()) for i in labels} == {"uint8"}
     for image, label in zip(images, labels):
@@ -251,4 +251,4 @@ def test_command_line_writes_and_refuses_unknown_options(tmp_path):
     assert list(tmp_path.iterdir()) == []
     done = subprocess.run([*command, "--num_training", "1"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert len(decathlon_datalist(tmp_path / "data", "all")) == 1
+    assert len(load_datalist(tmp_path / "data", "all")) == 1

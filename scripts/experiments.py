@@ -1,0 +1,191 @@
+# Copyright (c) 2026 SegResMamba bundle contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Trainings that are compared: arms, folds and seeds of one plan, each run by MONAI's bundle runner."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigParser
+
+__all__ = ["Run", "experiments", "planned_runs"]
+
+_KEYS = {"configs", "overrides", "folds", "seeds", "arms"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    One training and its evaluation.
+
+    Args:
+        arm: its name in the plan.
+        fold: the fold held out.
+        seed: of the training; the folds do not depend on it (``split_seed`` of the configs).
+        configs: config files behind configs/train.json, in this order.
+        overrides: keys of the configs.
+    """
+
+    arm: str
+    fold: int
+    seed: int
+    configs: tuple[str, ...]
+    overrides: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.arm}-fold{self.fold}-seed{self.seed}"
+
+
+def planned_runs(plan: str) -> Iterator[Run]:
+    """
+    The runs of a plan: for each seed and fold, each arm, so that comparisons are complete early.
+
+    Args:
+        plan: YAML file with ``configs`` and ``overrides`` of every run, ``folds``, ``seeds``, and ``arms``: by name
+            what an arm adds to ``configs`` and ``overrides``.
+
+    Raises:
+        ValueError: When the file is missing or has other keys.
+    """
+    if not Path(plan).is_file():
+        raise ValueError(f"{plan}: there is no such file.")
+    content = ConfigParser.load_config_file(plan)
+    unknown = set(content) - _KEYS | {key for arm in content.get("arms", {}).values() for key in set(arm or {}) - _KEYS}
+    if unknown or not content.get("arms"):
+        raise ValueError(
+            f"{plan}: expected the keys {', '.join(sorted(_KEYS))}; unknown: {', '.join(sorted(unknown))}."
+        )
+    for seed in content.get("seeds", [0]):
+        for fold in content.get("folds", [0]):
+            for name, arm in content["arms"].items():
+                arm = arm or {}
+                configs = (*content.get("configs", []), *arm.get("configs", []))
+                overrides = {**content.get("overrides", {}), **arm.get("overrides", {})}
+                yield Run(name, fold, seed, configs, overrides)
+
+
+def experiments(plan: str, dataset_dir: str, output_dir: str, results_dir: str, hours: float = 0.0) -> None:
+    """
+    Train and evaluate every run of a plan that has no result yet, one after the other. A run that was
+    interrupted goes on from its last checkpoint.
+
+    Args:
+        plan: YAML file, see :py:func:`planned_runs`.
+        dataset_dir: the data set.
+        output_dir: where each run's folder with checkpoints, curve and log is kept.
+        results_dir: where each finished run writes one JSON file.
+        hours: begin no run after this many; 0 for no limit.
+
+    Raises:
+        ValueError: When the plan is malformed.
+        ChildProcessError: When a training or an evaluation fails; the last lines of its log are in the message.
+    """
+    begin = time.monotonic()
+    runs = list(planned_runs(plan))
+    for k, run in enumerate(runs, start=1):
+        result = Path(results_dir) / f"{run.name}.json"
+        if result.is_file():
+            print(f"[{k}/{len(runs)}] {run.name}: done before")
+            continue
+        if hours and time.monotonic() - begin > 3600 * hours:
+            print(f"[{k}/{len(runs)}] {run.name}: left for another time")
+            return
+        print(f"[{k}/{len(runs)}] {run.name}", flush=True)
+        folder = Path(output_dir) / run.name
+        _train(run, dataset_dir, folder)
+        _bundle(run, dataset_dir, folder, "evaluation", ["configs/evaluate.json"])
+        _write(result, _result(run, folder))
+
+
+def _train(run: Run, dataset_dir: str, folder: Path) -> None:
+    """Train, or go on; the seconds of all parts are kept beside the checkpoints."""
+    clock = folder / "seconds.json"
+    if (folder / "trained").is_file():
+        return
+    spent = json.loads(clock.read_text()) if clock.is_file() else []
+    start = time.time()
+    more = {"resume": True} if (folder / "models" / "last.pt").is_file() else {}
+    try:
+        _bundle(run, dataset_dir, folder, "training", [], more)
+    finally:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(clock, [*spent, time.time() - start])
+    (folder / "trained").touch()
+
+
+def _bundle(
+    run: Run, dataset_dir: str, folder: Path, name: str, configs: list[str], more: Mapping[str, Any] | None = None
+) -> None:
+    overrides: dict[str, Any] = {**run.overrides, **(more or {}), "fold": run.fold, "seed": run.seed}
+    overrides |= {"dataset_dir": dataset_dir, "ckpt_dir": str(folder / "models"), "output_dir": str(folder / name)}
+    files = ["configs/train.json", *configs, *run.configs]
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(files)]
+    for key, value in overrides.items():
+        command += [f"--{key}", value if isinstance(value, str) else repr(value)]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{name}.log", "a") as log:
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+    if code:
+        lines = (folder / f"{name}.log").read_text(errors="replace").strip().splitlines()
+        raise ChildProcessError(f"{name} of {run.name} failed ({folder / name}.log):\n" + "\n".join(lines[-5:]))
+
+
+def _result(run: Run, folder: Path) -> dict[str, Any]:
+    """What is kept of a run: its settings, its cases' metrics, its course, its time."""
+    cases: dict[str, dict[str, dict[str, float]]] = {}
+    for file in sorted((folder / "evaluation").glob("*_raw.csv")):
+        with open(file, newline="") as table:
+            for row in csv.DictReader(table):
+                case = Path(row.pop("filename")).name
+                values = {key: float(value) for key, value in row.items() if value}
+                cases.setdefault(case, {})[file.name.removesuffix("_raw.csv")] = values
+    curve = []
+    if (folder / "training" / "training_curve.csv").is_file():  # not where pictures are switched off
+        with open(folder / "training" / "training_curve.csv", newline="") as table:
+            curve = list(csv.DictReader(table))
+    seconds = sum(json.loads((folder / "seconds.json").read_text()))
+    return {
+        "arm": run.arm,
+        "fold": run.fold,
+        "seed": run.seed,
+        "configs": list(run.configs),
+        "overrides": dict(run.overrides),
+        "seconds": round(seconds, 1),
+        "summary": json.loads((folder / "evaluation" / "summary.json").read_text()),
+        "cases": cases,
+        "curve": curve,
+    }
+
+
+def _write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished.replace(path)
+
+
+if __name__ == "__main__":
+    import fire
+
+    from scripts.clear_errors import install
+
+    install()
+    fire.Fire(experiments)

@@ -1,0 +1,96 @@
+# Copyright (c) 2026 SegResMamba bundle contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from scripts.experiments import experiments, planned_runs
+from tests.conftest import BUNDLE_ROOT, TINY
+
+PLAN = {
+    "configs": ["configs/tasks/phantom.yaml"],
+    "overrides": {**{key: value for key, value in TINY.items() if key != "pictures"}, "max_epochs": 1},
+    "folds": [0, 2],
+    "arms": {"plain": None, "without_tom": {"overrides": {"use_tom": False}}},
+}
+
+
+@pytest.fixture
+def plan(tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_text(json.dumps(PLAN))
+    return path
+
+
+def test_the_runs_of_a_plan(plan):
+    runs = list(planned_runs(str(plan)))
+    assert [run.name for run in runs] == [
+        "plain-fold0-seed0",
+        "without_tom-fold0-seed0",
+        "plain-fold2-seed0",
+        "without_tom-fold2-seed0",
+    ]
+    assert runs[1].overrides == {**PLAN["overrides"], "use_tom": False} and runs[1].configs == tuple(PLAN["configs"])
+
+
+def test_runs_are_done_once_and_go_on_where_they_stopped(phantom_dir, tmp_path):
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(json.dumps({**PLAN, "folds": [2]}))
+    folders = {name: tmp_path / name for name in ("runs", "results")}
+    command = [sys.executable, "-m", "scripts.experiments", str(plan), str(phantom_dir)]
+    command += [str(folder) for folder in folders.values()]
+    result = subprocess.run(command, cwd=BUNDLE_ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    written = {file.name: json.loads(file.read_text()) for file in folders["results"].iterdir()}
+    assert set(written) == {f"{run.name}.json" for run in planned_runs(str(plan))}
+    one = written["without_tom-fold2-seed0.json"]
+    assert one["seconds"] > 0 and len(one["curve"]) == 1 and one["summary"]["cases"] == 2
+    dice = [values["val_mean_dice"]["liver-like"] for values in one["cases"].values()]
+    assert sum(dice) / 2 == pytest.approx(one["summary"]["val_mean_dice"]["liver-like"]["mean"], abs=1e-4)
+
+    lost = folders["results"] / "plain-fold2-seed0.json"
+    lost.unlink()
+    before = {file.name: file.stat().st_mtime_ns for file in folders["results"].iterdir()}
+    checkpoint = folders["runs"] / "plain-fold2-seed0" / "models" / "last.pt"
+    trained = checkpoint.stat().st_mtime_ns
+    shutil.rmtree(folders["runs"] / "plain-fold2-seed0" / "evaluation")
+    result = subprocess.run(command, cwd=BUNDLE_ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.count("done before") == 1, result.stderr[-3000:]
+    assert json.loads(lost.read_text())["summary"] == written[lost.name]["summary"]
+    assert checkpoint.stat().st_mtime_ns == trained  # evaluated again, not trained again
+    assert all((folders["results"] / name).stat().st_mtime_ns == time for name, time in before.items())
+
+
+def test_a_failing_run_says_why(plan, tmp_path):
+    with pytest.raises(ChildProcessError, match="training of plain-fold0-seed0 failed.*(\n.*)*does not exist"):
+        experiments(str(plan), str(tmp_path / "nowhere"), str(tmp_path / "runs"), str(tmp_path / "results"))
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({**PLAN, "seed": [1]}, "unknown: seed"),
+        ({"folds": [0]}, "expected the keys"),
+        ({**PLAN, "arms": {"a": {"override": {}}}}, "unknown: override"),
+    ],
+)
+def test_bad_plans(content, message, tmp_path):
+    (tmp_path / "plan.yaml").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        list(planned_runs(str(tmp_path / "plan.yaml")))
+    with pytest.raises(ValueError, match="no such file"):
+        list(planned_runs(str(tmp_path / "other.yaml")))
