@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from monai.transforms.utils import compute_divisible_spatial_size
 
 __all__ = ["AnySize"]
 
@@ -48,6 +49,6 @@ class AnySize(nn.Module):
             logits (B, out_channels, D, H, W).
         """
         d, h, w = x.shape[2:]
-        padding = [max(self.least, -(-size // self.multiple) * self.multiple) - size for size in (w, h, d)]
-        x = F.pad(x, [value for after in padding for value in (0, after)])
+        padded = compute_divisible_spatial_size([max(size, self.least) for size in (d, h, w)], self.multiple)
+        x = F.pad(x, (0, padded[2] - w, 0, padded[1] - h, 0, padded[0] - d))
         return self.network(x)[:, :, :d, :h, :w]

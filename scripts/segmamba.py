@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from monai.networks.blocks import UnetOutBlock, UnetrBasicBlock, UnetrUpBlock
 
-from scripts.segresmamba import GatedSpatialConvBlock, InstanceNorm
+from scripts.segresmamba import ChannelMLP, GatedSpatialConvBlock, InstanceNorm, take_single_voxels
 
 __all__ = ["SegMamba"]
 
@@ -30,8 +29,8 @@ class SegMamba(nn.Module):
     (:py:class:`scripts.segresmamba.GatedSpatialConvBlock`), an MLP on each level's output, and UNETR's decoder. Not
     the network of the same name of Taming Mambas (:py:class:`scripts.taming_mambas.TamingMambas`).
 
-    Takes volumes of any size: they are padded with zeros to the next multiple of ``2 ** levels`` and the logits cut
-    back.
+    Takes volumes of a multiple of ``2 ** levels`` voxels an axis; :py:class:`scripts.any_size.AnySize` around it, as in
+    its overlay, takes any.
 
     Args:
         spatial_dims: 3.
@@ -67,9 +66,7 @@ class SegMamba(nn.Module):
             nn.Sequential(InstanceNorm(a), nn.Conv3d(a, b, 2, stride=2)) for a, b in zip(channels, channels[1:])
         )
         self.blocks = nn.ModuleList(GatedSpatialConvBlock(c, depth, tom) for c, depth in zip(channels, depths))
-        self.mlps = nn.ModuleList(
-            nn.Sequential(InstanceNorm(c), nn.Conv3d(c, 2 * c, 1), nn.GELU(), nn.Conv3d(2 * c, c, 1)) for c in channels
-        )
+        self.mlps = nn.ModuleList(ChannelMLP(c) for c in channels)
         widths = (*channels, hidden_size)  # of the skips, from the input's resolution to the bottleneck
 
         def block(a: int, b: int) -> UnetrBasicBlock:
@@ -82,22 +79,16 @@ class SegMamba(nn.Module):
         )
         self.last = block(channels[0], channels[0])
         self.head = UnetOutBlock(3, channels[0], out_channels)
-        for module in list(self.modules()):  # the bottleneck may be a single voxel
-            for name, norm in module.named_children():
-                if type(norm) is nn.InstanceNorm3d:
-                    setattr(module, name, InstanceNorm(norm.num_features, affine=norm.affine))
+        take_single_voxels(self)  # which the bottleneck may be
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            x: image (B, in_channels, D, H, W).
+            x: image (B, in_channels, D, H, W), each axis a multiple of ``2 ** levels``.
 
         Returns:
             logits (B, out_channels, D, H, W).
         """
-        d, h, w = x.shape[2:]
-        multiple = 2 ** len(self.blocks)
-        x = F.pad(x, (0, -w % multiple, 0, -h % multiple, 0, -d % multiple))
         features = [x]
         y = self.stem(x)
         for downsample, block, mlp in zip(self.downsamples, self.blocks, self.mlps):
@@ -107,4 +98,4 @@ class SegMamba(nn.Module):
         y = skips.pop()
         for up in self.ups:
             y = up(y, skips.pop())
-        return self.head(self.last(y))[:, :, :d, :h, :w]
+        return self.head(self.last(y))

@@ -23,7 +23,14 @@ from torch.utils.checkpoint import checkpoint
 
 from scripts.tri_orientated_mamba import TRI_ORIENTATED, ToM
 
-__all__ = ["SegResMamba", "ConvMambaMixedBlock", "GatedSpatialConvBlock", "InstanceNorm"]
+__all__ = [
+    "ChannelMLP",
+    "ConvMambaMixedBlock",
+    "GatedSpatialConvBlock",
+    "InstanceNorm",
+    "SegResMamba",
+    "take_single_voxels",
+]
 
 
 class InstanceNorm(nn.InstanceNorm3d):
@@ -36,6 +43,34 @@ class InstanceNorm(nn.InstanceNorm3d):
         if input.shape[2:].numel() == 1:
             return input - input
         return super().forward(input)
+
+
+def take_single_voxels(network: nn.Module) -> None:
+    """
+    Put :py:class:`InstanceNorm` in the place of each ``nn.InstanceNorm3d`` that MONAI's blocks have made.
+
+    Args:
+        network: changed in place, before it is trained.
+    """
+    for module in list(network.modules()):
+        for name, norm in module.named_children():
+            if type(norm) is nn.InstanceNorm3d:
+                setattr(module, name, InstanceNorm(norm.num_features, affine=norm.affine))
+
+
+class ChannelMLP(nn.Sequential):
+    """
+    InstanceNorm and an MLP on the channels of each voxel (SegResMamba section 2.1; SegMamba has the same).
+
+    Args:
+        channels: number of channels C; 2 C inside.
+    """
+
+    def __init__(self, channels: int) -> None:
+        hidden = 2 * channels
+        super().__init__(
+            InstanceNorm(channels), nn.Conv3d(channels, hidden, 1), nn.GELU(), nn.Conv3d(hidden, channels, 1)
+        )
 
 
 def _residual_block(channels: int) -> ResBlock:
@@ -270,9 +305,7 @@ class SegResMamba(nn.Module):
             ConvMambaMixedBlock(c, depth, stage_conv, tom) if block == "cmmb" else GatedSpatialConvBlock(c, depth, tom)
             for c, depth in zip(channels, depths)
         )
-        self.skips = nn.ModuleList(
-            nn.Sequential(InstanceNorm(c), nn.Conv3d(c, 2 * c, 1), nn.GELU(), nn.Conv3d(2 * c, c, 1)) for c in channels
-        )
+        self.skips = nn.ModuleList(ChannelMLP(c) for c in channels)
         self.up_stages = nn.ModuleList(_UpStage(b, a) for a, b in zip(channels[-2::-1], channels[:0:-1]))
         if full_resolution_skip:
             width = full_resolution_skip

@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 from monai.networks.blocks.dynunet_block import UnetResBlock
 
-from scripts.segresmamba import InstanceNorm
+from scripts.segresmamba import take_single_voxels
 from scripts.tri_orientated_mamba import ToM
 
 __all__ = ["BidirectionalMambaLayer", "MambaLayer", "TamingMambas", "VARIANTS"]
@@ -224,11 +224,7 @@ class TamingMambas(nn.Module):
                 *_, last = (module for module in layer.mlp.modules() if isinstance(module, nn.Linear))
                 for linear in (layer.mamba.out_proj, last):
                     linear.weight.div_(math.sqrt(2 * len(layers)))
-        for module in list(self.modules()):
-            for name, norm in module.named_children():
-                if type(norm) is nn.InstanceNorm3d:
-                    replacement = InstanceNorm(norm.num_features, affine=norm.affine)
-                    setattr(module, name, replacement)
+        take_single_voxels(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         """

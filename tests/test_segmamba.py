@@ -12,6 +12,7 @@
 import pytest
 import torch
 
+from scripts.any_size import AnySize
 from scripts.segmamba import SegMamba
 from scripts.tri_orientated_mamba import ToM
 
@@ -24,19 +25,12 @@ def make(**options) -> SegMamba:
 
 
 @pytest.mark.parametrize("size", [(8, 8, 8), (9, 11, 6), (4, 4, 4), (3, 5, 13)], ids=str)
-def test_any_size_and_a_gradient_for_every_parameter(size):
-    network = make(in_channels=2, out_channels=3)
+def test_any_size_within_any_size_and_a_gradient_for_every_parameter(size):
+    network = AnySize(make(in_channels=2, out_channels=3), 4)
     y = network(torch.randn(2, 2, *size))
     assert y.shape == (2, 3, *size)
     y.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
-
-
-def test_padding_of_an_odd_size_is_with_zeros_behind_the_volume():
-    network, x = make(), torch.randn(1, 1, 7, 8, 5)
-    padded = torch.zeros(1, 1, 8, 8, 8)
-    padded[..., :7, :, :5] = x
-    torch.testing.assert_close(network(x), network(padded)[..., :7, :, :5])
 
 
 def test_every_mamba_layer_is_a_tom_with_a_residual():
