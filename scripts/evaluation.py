@@ -9,13 +9,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Metrics of an evaluation: distances in millimetres, and a report with the classes' names."""
+"""What an evaluation writes: values of each case and class, and a summary with confidence intervals."""
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,31 +23,16 @@ import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine
-from monai.handlers import HausdorffDistance, MetricsSaver
+from monai.handlers import MetricsSaver
 from monai.handlers.utils import write_metrics_reports
 from monai.utils import string_list_all_gather
+from scipy.stats import bootstrap
 
-__all__ = ["ClassMetricsSaver", "HausdorffDistanceInMM"]
+__all__ = ["ClassMetricsSaver", "statistics"]
 
 
 def _image_meta(batch: Sequence[Any]) -> list[dict]:
     return [item["image"].meta for item in batch]
-
-
-class HausdorffDistanceInMM(HausdorffDistance):
-    """
-    MONAI's ``HausdorffDistance`` in millimetres: with the voxel size of each case, read from the affine of its
-    reference. Takes the same arguments.
-    """
-
-    def update(self, output: Sequence[Any]) -> None:
-        """
-        Args:
-            output: lists of one-hot predictions and references, each (C, D, H, W); the references are ``MetaTensor``.
-        """
-        for prediction, reference in zip(*output):
-            self.metric_fn([prediction], [reference], spacing=reference.pixdim.tolist())
-        self._is_reduced = False
 
 
 class ClassMetricsSaver(MetricsSaver):
@@ -56,10 +40,9 @@ class ClassMetricsSaver(MetricsSaver):
     MONAI's ``MetricsSaver`` with the classes' names as columns, which also writes and logs a summary.
 
     Files in ``save_dir``: metrics.csv (overall values), for each metric ``{metric}_raw.csv`` (a row per case, a column
-    per class) and ``{metric}_summary.csv``, and summary.json: per metric and class the mean, standard deviation and
-    median of the finite values, and the number of cases with a finite value and with an infinite one. A surface
-    distance is infinite where one of prediction and reference is empty and the other is not, and undefined, counted in
-    neither, where both are.
+    per class) and ``{metric}_summary.csv``, and summary.json: the number of cases, and per metric and class the
+    :py:func:`statistics` of the cases; "mean" is the mean of a case's classes. The metrics must have a value for each
+    case and class, see :py:mod:`scripts.metrics`.
 
     Args:
         save_dir: folder to write to.
@@ -115,10 +98,8 @@ class ClassMetricsSaver(MetricsSaver):
         summary: dict[str, Any] = {"cases": len(cases)}
         for name, values in details.items():
             columns = {label: values[:, k].numpy() for k, label in enumerate(self.class_names)}
-            columns["mean"] = np.array(
-                [np.mean(row[~np.isnan(row)]) for row in values.numpy() if not np.isnan(row).all()]
-            )
-            summary[name] = {label: _statistics(column) for label, column in columns.items()}
+            columns["mean"] = values.mean(1).numpy()
+            summary[name] = {label: statistics(column) for label, column in columns.items()}
         path = os.path.join(self.save_dir, "summary.json")
         with open(path, "w", encoding="utf-8") as file:
             json.dump(summary, file, indent=4)
@@ -133,18 +114,26 @@ class ClassMetricsSaver(MetricsSaver):
             row = [label]
             for name in metrics:
                 found = summary[name][label]
-                cell = "-" if found["mean"] is None else f"{found['mean']:.4f} +- {found['std']:.4f}"
-                row.append(cell + (f" ({found['infinite']} infinite)" if found["infinite"] else ""))
+                row.append(f"{found['mean']:.4f} +- {found['std']:.4f}")
             rows.append(row)
         widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
         return "\n".join("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows)
 
 
-def _statistics(values: np.ndarray) -> dict:
-    """Mean, sample standard deviation and median of the finite values, and how many are finite and infinite."""
-    finite = values[np.isfinite(values)]
-    found: dict[str, float | None] = {"mean": None, "std": None, "median": None}
-    if len(finite):
-        std = float(np.std(finite, ddof=1)) if len(finite) > 1 else 0.0
-        found = {"mean": float(np.mean(finite)), "std": std, "median": float(np.median(finite))}
-    return {**found, "finite": len(finite), "infinite": int(sum(math.isinf(value) for value in values))}
+def statistics(values: np.ndarray) -> dict[str, float]:
+    """
+    Args:
+        values: of one metric, one for each case; at least one.
+
+    Returns:
+        "mean", "std" (of the sample, 0 for a single case), "median", and "ci95_low" and "ci95_high", the 95 %
+        confidence interval of the mean from 9,999 bootstrap samples (percentiles), always of the same seed.
+    """
+    found = {"mean": np.mean(values), "std": 0.0, "median": np.median(values)}
+    found["ci95_low"] = found["ci95_high"] = found["mean"]
+    if len(values) > 1:
+        found["std"] = np.std(values, ddof=1)
+        generator = np.random.default_rng(0)
+        interval = bootstrap((values,), np.mean, method="percentile", random_state=generator).confidence_interval
+        found["ci95_low"], found["ci95_high"] = interval
+    return {name: float(value) for name, value in found.items()}

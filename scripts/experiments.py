@@ -14,19 +14,25 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from monai.bundle import ConfigParser
+from monai.utils import ensure_tuple
+
+from scripts.output import write_text
 
 __all__ = ["Run", "experiments", "planned_runs"]
 
-_KEYS = {"configs", "overrides", "folds", "seeds", "arms"}
+_ARM_KEYS = {"configs", "overrides", "folds", "seeds"}
+_KEYS = _ARM_KEYS | {"arms"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ def planned_runs(plan: str) -> Iterator[Run]:
 
     Args:
         plan: YAML file with ``configs`` and ``overrides`` of every run, ``folds``, ``seeds``, and ``arms``: by name
-            what an arm adds to ``configs`` and ``overrides``.
+            what an arm adds to ``configs`` and ``overrides``, and its own ``folds`` and ``seeds`` where they differ.
 
     Raises:
         ValueError: When the file is missing or has other keys.
@@ -68,24 +74,34 @@ def planned_runs(plan: str) -> Iterator[Run]:
     if not Path(plan).is_file():
         raise ValueError(f"{plan}: there is no such file.")
     content = ConfigParser.load_config_file(plan)
-    unknown = set(content) - _KEYS | {key for arm in content.get("arms", {}).values() for key in set(arm or {}) - _KEYS}
-    if unknown or not content.get("arms"):
+    arms = {name: arm or {} for name, arm in content.get("arms", {}).items()}
+    unknown = set(content) - _KEYS | {key for arm in arms.values() for key in set(arm) - _ARM_KEYS}
+    if unknown or not arms:
         raise ValueError(
             f"{plan}: expected the keys {', '.join(sorted(_KEYS))}; unknown: {', '.join(sorted(unknown))}."
         )
-    for seed in content.get("seeds", [0]):
-        for fold in content.get("folds", [0]):
-            for name, arm in content["arms"].items():
-                arm = arm or {}
-                configs = (*content.get("configs", []), *arm.get("configs", []))
-                overrides = {**content.get("overrides", {}), **arm.get("overrides", {})}
-                yield Run(name, fold, seed, configs, overrides)
+    every = {key: content.get(key, [0]) for key in ("folds", "seeds")}
+    runs = []
+    for name, arm in arms.items():
+        configs = (*content.get("configs", []), *arm.get("configs", []))
+        overrides = {**content.get("overrides", {}), **arm.get("overrides", {})}
+        for seed in arm.get("seeds", every["seeds"]):
+            runs += [Run(name, fold, seed, configs, overrides) for fold in arm.get("folds", every["folds"])]
+    yield from sorted(runs, key=lambda run: (run.seed, run.fold))  # stable: arms in their order
 
 
-def experiments(plan: str, dataset_dir: str, output_dir: str, results_dir: str, hours: float = 0.0) -> None:
+def experiments(
+    plan: str,
+    dataset_dir: str,
+    output_dir: str,
+    results_dir: str,
+    hours: float = 0.0,
+    parallel: int = 1,
+    arms: Sequence[str] = (),
+) -> None:
     """
-    Train and evaluate every run of a plan that has no result yet, one after the other. A run that was
-    interrupted goes on from its last checkpoint.
+    Train and evaluate every run of a plan that has no result yet. A run that was interrupted goes on from its last
+    checkpoint.
 
     Args:
         plan: YAML file, see :py:func:`planned_runs`.
@@ -93,29 +109,43 @@ def experiments(plan: str, dataset_dir: str, output_dir: str, results_dir: str, 
         output_dir: where each run's folder with checkpoints, curve and log is kept.
         results_dir: where each finished run writes one JSON file.
         hours: begin no run after this many; 0 for no limit.
+        parallel: runs at a time, which share the CPU's cores. On a CPU several on few threads each get further than
+            one on all, but their times are no benchmark.
+        arms: run these alone; none for all.
 
     Raises:
         ValueError: When the plan is malformed.
         ChildProcessError: When a training or an evaluation fails; the last lines of its log are in the message.
     """
     begin = time.monotonic()
-    runs = list(planned_runs(plan))
-    for k, run in enumerate(runs, start=1):
+    runs = [run for run in planned_runs(plan) if not arms or run.arm in ensure_tuple(arms)]
+    threads = max(1, (os.cpu_count() or 1) // parallel) if parallel > 1 else None
+
+    def work(k: int) -> None:
+        run, note = runs[k], f"[{k + 1}/{len(runs)}] {runs[k].name}"
         result = Path(results_dir) / f"{run.name}.json"
         if result.is_file():
-            print(f"[{k}/{len(runs)}] {run.name}: done before")
-            continue
-        if hours and time.monotonic() - begin > 3600 * hours:
-            print(f"[{k}/{len(runs)}] {run.name}: left for another time")
-            return
-        print(f"[{k}/{len(runs)}] {run.name}", flush=True)
-        folder = Path(output_dir) / run.name
-        _train(run, dataset_dir, folder)
-        _bundle(run, dataset_dir, folder, "evaluation", ["configs/evaluate.json"])
-        _write(result, _result(run, folder))
+            print(f"{note}: done before")
+        elif hours and time.monotonic() - begin > 3600 * hours:
+            print(f"{note}: left for another time")
+        else:
+            print(note, flush=True)
+            folder = Path(output_dir) / run.name
+            _train(run, dataset_dir, folder, threads)
+            _bundle(run, dataset_dir, folder, "evaluation", ["configs/evaluate.json"], threads=threads)
+            write_text(result, json.dumps(_result(run, folder), indent=1) + "\n")
+
+    with ThreadPoolExecutor(parallel) as workers:
+        futures = [workers.submit(work, k) for k in range(len(runs))]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            workers.shutdown(cancel_futures=True)
+            raise
 
 
-def _train(run: Run, dataset_dir: str, folder: Path) -> None:
+def _train(run: Run, dataset_dir: str, folder: Path, threads: int | None) -> None:
     """Train, or go on; the seconds of all parts are kept beside the checkpoints."""
     clock = folder / "seconds.json"
     if (folder / "trained").is_file():
@@ -124,15 +154,20 @@ def _train(run: Run, dataset_dir: str, folder: Path) -> None:
     start = time.time()
     more = {"resume": True} if (folder / "models" / "last.pt").is_file() else {}
     try:
-        _bundle(run, dataset_dir, folder, "training", [], more)
+        _bundle(run, dataset_dir, folder, "training", [], more, threads)
     finally:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(clock, [*spent, time.time() - start])
+        write_text(clock, json.dumps([*spent, time.time() - start], indent=1) + "\n")
     (folder / "trained").touch()
 
 
 def _bundle(
-    run: Run, dataset_dir: str, folder: Path, name: str, configs: list[str], more: Mapping[str, Any] | None = None
+    run: Run,
+    dataset_dir: str,
+    folder: Path,
+    name: str,
+    configs: list[str],
+    more: Mapping[str, Any] | None = None,
+    threads: int | None = None,
 ) -> None:
     overrides: dict[str, Any] = {**run.overrides, **(more or {}), "fold": run.fold, "seed": run.seed}
     overrides |= {"dataset_dir": dataset_dir, "ckpt_dir": str(folder / "models"), "output_dir": str(folder / name)}
@@ -141,8 +176,9 @@ def _bundle(
     for key, value in overrides.items():
         command += [f"--{key}", value if isinstance(value, str) else repr(value)]
     folder.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     with open(folder / f"{name}.log", "a") as log:
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
     if code:
         lines = (folder / f"{name}.log").read_text(errors="replace").strip().splitlines()
         raise ChildProcessError(f"{name} of {run.name} failed ({folder / name}.log):\n" + "\n".join(lines[-5:]))
@@ -173,13 +209,6 @@ def _result(run: Run, folder: Path) -> dict[str, Any]:
         "cases": cases,
         "curve": curve,
     }
-
-
-def _write(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
-    unfinished.replace(path)
 
 
 if __name__ == "__main__":

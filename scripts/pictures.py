@@ -14,8 +14,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +32,8 @@ from matplotlib.patheffects import withStroke
 from monai.data import MetaTensor
 from monai.engines import Evaluator
 from monai.transforms import LoadImage, Orientation
+
+from scripts.output import save_figure, write_text
 
 __all__ = ["OverlayPictures", "TrainingCurve", "draw_overlay"]
 
@@ -147,7 +151,8 @@ class OverlayPictures:
     Args:
         output_dir: folder to write to; files are named like the image.
         class_names: names by label value, background first.
-        max_pictures: number of cases to draw; None for all.
+        rank_by: name of a metric with a value per case and class, larger is better; of the cases with the best, the
+            median and the worst mean, the pictures also lie in best.png, median.png and worst.png. None for none.
         image_key: key of the image, whose metadata name the file.
         pred_key: key of the prediction in the engine's output.
         label_key: key of the reference in the engine's output, drawn where there is one.
@@ -158,7 +163,7 @@ class OverlayPictures:
         self,
         output_dir: str,
         class_names: Sequence[str] = (),
-        max_pictures: int | None = None,
+        rank_by: str | None = None,
         image_key: str = "image",
         pred_key: str = "pred",
         label_key: str = "label",
@@ -166,13 +171,13 @@ class OverlayPictures:
     ) -> None:
         self.output_dir = Path(output_dir)
         self.class_names = list(class_names)
-        self.max_pictures = max_pictures
+        self.rank_by = rank_by
         self.image_key = image_key
         self.pred_key = pred_key
         self.label_key = label_key
         self.postfix = postfix
         self.logger = logging.getLogger(__name__)
-        self._written = 0
+        self._written: list[Path] = []
         self._loader = LoadImage(image_only=True, ensure_channel_first=True)
         self._to_ras = Orientation("RAS", labels=None)
 
@@ -191,14 +196,18 @@ class OverlayPictures:
         Args:
             engine: the evaluator.
         """
-        self._written = 0
+        self._written = []
 
     def completed(self, engine: Engine) -> None:
         """
         Args:
             engine: the evaluator.
         """
-        self.logger.info(f"Wrote {self._written} pictures to {self.output_dir}.")
+        if self.rank_by is not None and self._written:
+            order = torch.as_tensor(engine.state.metric_details[self.rank_by]).mean(1).argsort().tolist()
+            for name, case in (("worst", order[0]), ("median", order[len(order) // 2]), ("best", order[-1])):
+                shutil.copyfile(self._written[case], self.output_dir / f"{name}.png")
+        self.logger.info(f"Wrote {len(self._written)} pictures to {self.output_dir}.")
 
     def __call__(self, engine: Engine) -> None:
         """
@@ -206,8 +215,6 @@ class OverlayPictures:
             engine: the evaluator.
         """
         for item, output in zip(engine.state.batch, engine.state.output):
-            if self.max_pictures is not None and self._written >= self.max_pictures:
-                return
             file = str(item[self.image_key].meta["filename_or_obj"])
             image = self._loader(file)[:1]
             prediction = self._label_map(output[self.pred_key], image)
@@ -219,8 +226,8 @@ class OverlayPictures:
             figure = draw_overlay(
                 image[0].numpy(), prediction, reference, image.pixdim.tolist(), self.class_names, title=name
             )
-            _save(figure, self.output_dir / f"{name}_{self.postfix}.png")
-            self._written += 1
+            self._written.append(self.output_dir / f"{name}_{self.postfix}.png")
+            save_figure(figure, self._written[-1])
 
     def _label_map(self, labels: torch.Tensor, image: MetaTensor) -> np.ndarray:
         """Label values in RAS orientation, shape (X, Y, Z), from label values or one-hot on the image's grid."""
@@ -289,16 +296,13 @@ class TrainingCurve:
         validated = self.validator.state.epoch == epoch and self.metric_name in self.validator.state.metrics
         metric = float(self.validator.state.metrics[self.metric_name]) if validated else None
         self.rows.append((epoch, float(engine.state.metrics[self.loss_name]), metric))
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        path = self.output_dir / "training_curve.csv"
-        partial = path.with_name(path.name + ".part")
-        with open(partial, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(("epoch", self.loss_name, self.metric_name))
-            writer.writerows((e, loss, "" if m is None else m) for e, loss, m in self.rows)
-        os.replace(partial, path)
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(("epoch", self.loss_name, self.metric_name))
+        writer.writerows((e, loss, "" if m is None else m) for e, loss, m in self.rows)
+        write_text(self.output_dir / "training_curve.csv", text.getvalue())
         if validated:
-            _save(self._draw(), self.output_dir / "training_curve.png")
+            save_figure(self._draw(), self.output_dir / "training_curve.png")
 
     def _draw(self) -> Figure:
         """Loss above, metric below, over the epochs; the best validation is marked."""
@@ -423,11 +427,3 @@ def _stem(file: str) -> str:
     """Name of an image file without folder and suffix."""
     name = os.path.basename(file)
     return name[: -len(".nii.gz")] if name.endswith(".nii.gz") else os.path.splitext(name)[0]
-
-
-def _save(figure: Figure, path: Path) -> None:
-    """Write a PNG under another name and move it to its place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    figure.savefig(partial, format="png", facecolor=figure.get_facecolor())
-    os.replace(partial, path)

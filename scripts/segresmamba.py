@@ -19,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from monai.networks.blocks import UpSample
 from monai.networks.blocks.segresnet_block import ResBlock
+from monai.utils import ensure_tuple_rep
 from torch.utils.checkpoint import checkpoint
 
 from scripts.tri_orientated_mamba import TRI_ORIENTATED, ToM
@@ -202,12 +203,14 @@ def _crop(x: torch.Tensor, spatial_shape: Sequence[int]) -> torch.Tensor:
 
 
 class _UpStage(nn.Module):
-    """1x1x1 convolution, trilinear doubling, the skip added, one pre-activation residual block."""
+    """1x1x1 convolution, trilinear upsampling, the skip added, one pre-activation residual block."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, scale_factor: Sequence[int] = (2, 2, 2)) -> None:
         super().__init__()
         self.reduce = nn.Conv3d(in_channels, out_channels, 1, bias=False)
-        self.up = UpSample(3, out_channels, out_channels, scale_factor=2, mode="nontrainable", align_corners=False)
+        self.up = UpSample(
+            3, out_channels, out_channels, scale_factor=scale_factor, mode="nontrainable", align_corners=False
+        )
         self.block = _residual_block(out_channels)
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
@@ -239,6 +242,8 @@ class SegResMamba(nn.Module):
         d_state: size of the state of each channel.
         d_conv: taps of the causal convolution along each order.
         expand: inner width of ToM over the level's channels.
+        stem_stride: stride of the stem, 1 or 2, one number or one for each axis: 1 along an axis of coarse spacing
+            keeps its resolution, 1 along all gives the first level the input's own.
         full_resolution_skip: channels of a path at the input's own resolution that is added to the decoder's output
             and takes the place of the transposed convolution in the head; 0 (the paper's network) for none. Meant
             for small structures.
@@ -273,6 +278,7 @@ class SegResMamba(nn.Module):
         d_state: int = 16,
         d_conv: int = 4,
         expand: int = 2,
+        stem_stride: int | Sequence[int] = 2,
         full_resolution_skip: int = 0,
         scan_engine: str = "auto",
         use_checkpoint: bool = False,
@@ -291,6 +297,9 @@ class SegResMamba(nn.Module):
             )
         if block not in ("cmmb", "gsc"):
             raise ValueError(f"block must be 'cmmb' or 'gsc', got {block!r}.")
+        stride: tuple[int, int, int] = ensure_tuple_rep(stem_stride, 3)
+        if set(stride) - {1, 2}:
+            raise ValueError(f"stem_stride must be 1 or 2 along each axis, got {stride}.")
         self.in_channels = in_channels
         self.use_checkpoint = use_checkpoint
         tom = None
@@ -298,7 +307,7 @@ class SegResMamba(nn.Module):
             tom = dict(orders=orders, d_state=d_state, d_conv=d_conv, expand=expand, residual=residual)
             tom["scan_engine"] = scan_engine
 
-        self.stem = nn.Conv3d(in_channels, channels[0], 7, stride=2, padding=3)
+        self.stem = nn.Conv3d(in_channels, channels[0], 7, stride=stride, padding=3)
         self.downsamples = nn.ModuleList([nn.Identity()])
         self.downsamples.extend(_Downsample(a, b, downsample_conv) for a, b in zip(channels, channels[1:]))
         self.blocks = nn.ModuleList(
@@ -312,11 +321,11 @@ class SegResMamba(nn.Module):
             self.full_resolution: nn.Module | None = nn.Sequential(
                 nn.Conv3d(in_channels, width, 3, padding=1), _residual_block(width)
             )
-            self.up = _UpStage(channels[0], width)
+            self.up = _UpStage(channels[0], width, stride)
             self.head: nn.Module = nn.Conv3d(width, out_channels, 1)
         else:
             self.full_resolution = None
-            self.head = nn.ConvTranspose3d(channels[0], out_channels, 2, stride=2)
+            self.head = nn.ConvTranspose3d(channels[0], out_channels, stride, stride=stride)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """

@@ -11,11 +11,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import torch
+from monai.networks.utils import copy_model_state
 
-__all__ = ["check_weights"]
+__all__ = ["check_weights", "load_pretrained"]
 
 
 def check_weights(checkpoint: str | os.PathLike, network: torch.nn.Module) -> None:
@@ -30,16 +32,7 @@ def check_weights(checkpoint: str | os.PathLike, network: torch.nn.Module) -> No
         FileNotFoundError: When the file does not exist.
         ValueError: When it holds no weights, or those of another network.
     """
-    if not os.path.isfile(checkpoint):
-        raise FileNotFoundError(
-            f"There are no weights at {checkpoint}: train first, or give --ckpt_dir or --checkpoint where they lie."
-        )
-    try:
-        weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        weights = weights.get("model", weights)
-        then = {name: tuple(value.shape) for name, value in weights.items()}
-    except Exception as error:
-        raise ValueError(f"{checkpoint} holds no weights that can be read: {error}") from error
+    then = {name: tuple(value.shape) for name, value in _read_weights(checkpoint, "--ckpt_dir or --checkpoint").items()}
     now = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     for name in sorted(now.keys() | then.keys()):
         if now.get(name) != then.get(name):
@@ -48,3 +41,41 @@ def check_weights(checkpoint: str | os.PathLike, network: torch.nn.Module) -> No
                 f"{now.get(name, 'absent')} here): give the same channels, depths and other keys of the network, the "
                 "same task overlay and data set as in training."
             )
+
+
+def load_pretrained(checkpoint: str | os.PathLike, network: torch.nn.Module) -> None:
+    """
+    Fine-tuning: start from another training's weights, also where the number of classes or channels differs. What fits
+    is loaded; what the network starts from scratch with, and what of the file is left, is logged.
+
+    Args:
+        checkpoint: file with a state dict, or with one under "model".
+        network: changed in place.
+
+    Raises:
+        FileNotFoundError: When the file does not exist.
+        ValueError: When it holds no weights, or none that fits.
+    """
+    weights = _read_weights(checkpoint, "--pretrained")
+    _, loaded, fresh = copy_model_state(network, weights, inplace=True)
+    if not loaded:
+        raise ValueError(f"{checkpoint} holds no weights that fit this network: is it another architecture or width?")
+    left = sorted(weights.keys() - set(loaded))
+    logging.getLogger(__name__).info(
+        f"Fine-tuning from {checkpoint}: {len(loaded)} of {len(loaded) + len(fresh)} tensors loaded; "
+        f"not in the file with this shape: {', '.join(fresh) or 'none'}; left in the file: {', '.join(left) or 'none'}."
+    )
+
+
+def _read_weights(checkpoint: str | os.PathLike, key: str) -> dict[str, torch.Tensor]:
+    """The state dict in a file; ``key`` is what a user gives the file with."""
+    if not os.path.isfile(checkpoint):
+        raise FileNotFoundError(f"There are no weights at {checkpoint}: train first, or give {key} where they lie.")
+    try:
+        weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        weights = weights.get("model", weights)
+        if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+            raise ValueError("not a state dict")
+    except Exception as error:
+        raise ValueError(f"{checkpoint} holds no weights that can be read: {error}") from error
+    return weights

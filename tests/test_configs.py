@@ -24,6 +24,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Events
 from monai.bundle import ConfigParser, create_workflow, load_bundle_config, verify_net_in_out
 from monai.data import MetaTensor
 from monai.inferers import SimpleInferer, SlidingWindowInferer
@@ -32,7 +33,6 @@ from packaging.specifiers import SpecifierSet
 from scripts.autocast_inferer import AutocastInferer
 from scripts.benchmark.networks import build_network
 from scripts.datafolder import channel_count, class_names, image_list
-from scripts.evaluation import HausdorffDistanceInMM
 from scripts.phantom import PHANTOM_CLASSES, make_phantom
 from tests.conftest import BUNDLE_ROOT, TINY
 
@@ -82,7 +82,16 @@ def test_train_evaluate_infer(trained):
     rows = list(csv.DictReader(open(evaluated / "val_mean_dice_raw.csv", encoding="utf-8")))
     assert len(rows) == 2 and set(PHANTOM_CLASSES[1:5]) < set(rows[0])
     assert rows[0]["filename"].endswith(".nii.gz")
-    assert len(list((evaluated / "pictures").glob("*_overlay.png"))) == 2
+    dice = summary["val_mean_dice"]["mean"]
+    assert dice["ci95_low"] <= dice["mean"] <= dice["ci95_high"]
+    for name in ("val_mean_dice", "val_hd95", "val_surface_dice", "val_volume_error"):
+        values = list(csv.reader(open(evaluated / f"{name}_raw.csv", encoding="utf-8")))
+        assert all(np.isfinite([float(cell) for cell in row[1:]]).all() for row in values[1:]), name
+    pictures = {file.name: file.read_bytes() for file in (evaluated / "pictures").iterdir()}
+    assert len(pictures) == 5 and {"best.png", "median.png", "worst.png"} < set(pictures)
+    better = max(rows, key=lambda row: sum(float(row[organ]) for organ in PHANTOM_CLASSES[1:5]))
+    drawn = os.path.basename(better["filename"]).replace(".nii.gz", "_overlay.png")
+    assert pictures["best.png"] == pictures[drawn] != pictures["worst.png"]
     assert "spleen-like" in trained.runs["evaluate"].stdout  # the table
 
     inferred = trained.folder / "inference"
@@ -178,6 +187,84 @@ def test_deep_supervision(tmp_path, phantom_dir, workflow):
     assert json.loads((tmp_path / "summary.json").read_text())["cases"] == 2
     workflow(["inference", *overlays], "inference", **settings).run()
     assert len(list(tmp_path.glob("*_seg.nii.gz"))) == 2
+
+
+def test_options_together(tmp_path, phantom_dir, workflow):
+    """The mean of the weights is what is validated and kept, and an interrupted training goes on with it."""
+    settings = {**TINY, "dataset_dir": str(phantom_dir), "max_epochs": 3, "max_gradient_norm": 1e-3}
+    options = ["ema", "gradient_clipping", "warm_up", "augmentation", "test_time_flipping"]
+    overlays = ["tasks/phantom.yaml", *(f"options/{name}.yaml" for name in options)]
+
+    def make(folder, **own):
+        places = {"ckpt_dir": str(tmp_path / folder), "output_dir": str(tmp_path / folder)}
+        return workflow(["train", *overlays], **{**settings, **places, **own})
+
+    whole = make("whole")
+    rates, norms = [], []
+
+    def watch(engine):
+        rates.append(engine.optimizer.param_groups[0]["lr"])
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in engine.network.parameters()]).item())
+
+    whole.trainer.add_event_handler(Events.ITERATION_COMPLETED, watch)
+    whole.run()
+    assert max(norms) <= 1e-3 * 1.001
+    assert np.all(np.diff(rates) > 0)  # warms up over five epochs, of which three are run
+    last = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)
+    assert any(not torch.equal(value, last["ema_model"][key]) for key, value in last["model"].items())
+    if whole.evaluator.state.best_metric_epoch == 3:
+        kept = torch.load(tmp_path / "whole" / "model.pt", weights_only=True)
+        assert all(torch.equal(value, kept[key]) for key, value in last["ema_model"].items())
+
+    parts = make("parts")
+    parts.trainer.add_event_handler(Events.EPOCH_STARTED(once=2), lambda engine: engine.terminate(skip_completed=True))
+    parts.run()
+    make("parts", resume=True).run()
+    again = torch.load(tmp_path / "parts" / "last.pt", weights_only=True)
+    assert all(torch.allclose(value, again["ema_model"][key], atol=1e-6) for key, value in last["ema_model"].items())
+
+    places = {"ckpt_dir": str(tmp_path / "whole"), "output_dir": str(tmp_path / "evaluation")}
+    evaluation = workflow(["train", "evaluate", *overlays], "evaluation", **settings, **places)
+    assert type(evaluation.inferer.inferer).__name__ == "FlipInferer"
+    evaluation.run()
+    assert json.loads((tmp_path / "evaluation" / "summary.json").read_text())["cases"] == 2
+    settings = {**INFERENCE, "dataset_dir": str(phantom_dir), **places}
+    workflow(["inference", "tasks/phantom.yaml", "options/test_time_flipping.yaml"], "inference", **settings).run()
+    assert len(list((tmp_path / "evaluation").glob("*_seg.nii.gz"))) == 2
+
+
+def test_fine_tuning_with_other_classes_and_channels(tmp_path, trained, workflow, caplog):
+    places = {"ckpt_dir": str(tmp_path), "output_dir": str(tmp_path), "pretrained": str(trained.models / "model.pt")}
+    settings = {**TINY, "dataset_dir": str(trained.data), **places, "max_epochs": 1}
+    given = torch.load(trained.models / "model.pt", weights_only=True)
+
+    same = workflow(["train", "tasks/phantom.yaml"], **settings)
+    assert all(torch.equal(value, given[key]) for key, value in same.network_def.state_dict().items())
+
+    with caplog.at_level("INFO", logger="scripts.weights"):
+        other = workflow(["train", "tasks/phantom.yaml"], **settings, out_channels=7, in_channels=2)
+    now = other.network_def.state_dict()
+    left = {key for key in given if now[key].shape != given[key].shape}
+    assert left == {"stem.weight", "full_resolution.0.weight", "head.weight", "head.bias"}
+    assert all(torch.equal(value, given[key]) for key, value in now.items() if key not in left)
+    told = caplog.text.rpartition("not in the file with this shape: ")[2]
+    assert all(name in told for name in left) and "skips" not in told
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no weights at"), ({"other": torch.ones(2)}, "no weights that fit"), (b"no", "can be read")],
+)
+def test_fine_tuning_refuses_other_files(content, message, tmp_path, phantom_dir, workflow):
+    file = tmp_path / "given.pt"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        torch.save(content, file)
+    places = {"ckpt_dir": str(tmp_path), "output_dir": str(tmp_path), "pretrained": str(file)}
+    with pytest.raises(RuntimeError) as error:
+        workflow(["train", "tasks/phantom.yaml"], **{**TINY, "dataset_dir": str(phantom_dir), **places})
+    assert message in str(error.value.__cause__)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -324,8 +411,10 @@ def test_overlays_change_what_is_there(overlay):
     added |= {"train#trainer#train_handlers", "validate#evaluator#val_handlers"}
     added |= {"network_def#block", "network_def#downsample_conv"}  # the paper's ablations
     added |= {"network_def#deep_supervision", "label_map", "label_names"}
+    added |= {"ema", "ema_momentum", "max_gradient_norm", "warm_up_epochs"}
     base = ConfigParser(ConfigParser.load_config_file(CONFIGS / "train.json"))
-    unknown = [key for key in ConfigParser.load_config_file(CONFIGS / overlay) if key not in base and key not in added]
+    keys = [key.removeprefix("+") for key in ConfigParser.load_config_file(CONFIGS / overlay)]  # "+" adds to a list
+    unknown = [key for key in keys if key not in base and key not in added]
     assert unknown == []
 
 
@@ -494,13 +583,3 @@ def test_autocast_inferer_refuses():
         AutocastInferer(SimpleInferer(), "fp8")
     with pytest.raises(ValueError, match="needs a CUDA device, not cpu"):
         AutocastInferer(SimpleInferer(), "fp16")(torch.rand(1, 1, 8, 8, 8), torch.nn.Identity())
-
-
-def test_hausdorff_distance_is_in_mm():
-    reference = torch.zeros(2, 16, 16, 16)
-    reference[1, 4:8, 4:8, 4:8] = 1
-    prediction = reference.roll(2, dims=3)  # two voxels of 2.5 mm along the last axis
-    metric = HausdorffDistanceInMM(include_background=False)
-    affine = torch.diag(torch.tensor([1.0, 1.5, 2.5, 1.0]))
-    metric.update(([prediction], [MetaTensor(reference, affine=affine)]))
-    assert metric.metric_fn.aggregate().item() == pytest.approx(5.0)

@@ -46,12 +46,20 @@ def test_the_runs_of_a_plan(plan):
     assert runs[1].overrides == {**PLAN["overrides"], "use_tom": False} and runs[1].configs == tuple(PLAN["configs"])
 
 
+def test_arms_have_their_own_folds_and_seeds(tmp_path):
+    arms = {"plain": {"seeds": [0, 1]}, "other": {"folds": [1]}}
+    (tmp_path / "plan.yaml").write_text(json.dumps({**PLAN, "arms": arms}))
+    names = [run.name for run in planned_runs(str(tmp_path / "plan.yaml"))]
+    assert names[:3] == ["plain-fold0-seed0", "other-fold1-seed0", "plain-fold2-seed0"]
+    assert names[3:] == ["plain-fold0-seed1", "plain-fold2-seed1"]
+
+
 def test_runs_are_done_once_and_go_on_where_they_stopped(phantom_dir, tmp_path):
     plan = tmp_path / "plan.yaml"
     plan.write_text(json.dumps({**PLAN, "folds": [2]}))
     folders = {name: tmp_path / name for name in ("runs", "results")}
     command = [sys.executable, "-m", "scripts.experiments", str(plan), str(phantom_dir)]
-    command += [str(folder) for folder in folders.values()]
+    command += [*(str(folder) for folder in folders.values()), "--parallel", "2"]
     result = subprocess.run(command, cwd=BUNDLE_ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     written = {file.name: json.loads(file.read_text()) for file in folders["results"].iterdir()}
@@ -78,6 +86,9 @@ def test_a_failing_run_says_why(plan, tmp_path):
     with pytest.raises(ChildProcessError, match="training of plain-fold0-seed0 failed.*(\n.*)*does not exist"):
         experiments(str(plan), str(tmp_path / "nowhere"), str(tmp_path / "runs"), str(tmp_path / "results"))
     assert not (tmp_path / "results").exists()
+    folders = [str(tmp_path / name) for name in ("nowhere", "runs", "results")]
+    with pytest.raises(ChildProcessError, match="training of without_tom-fold0-seed0 failed"):
+        experiments(str(plan), *folders, arms="without_tom")
 
 
 @pytest.mark.parametrize(

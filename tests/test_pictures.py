@@ -128,18 +128,6 @@ def test_handler_turns_every_orientation_alike(orientation, tmp_path, monkeypatc
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["case_overlay.png"]
 
 
-def test_number_of_pictures_is_limited(tmp_path, phantom):
-    image, label, affine = phantom
-    nib.save(nib.Nifti1Image(image, affine), tmp_path / "case.nii.gz")
-    volume = LoadImage(ensure_channel_first=True)(tmp_path / "case.nii.gz")
-    handler = OverlayPictures(str(tmp_path / "out"), max_pictures=0)
-    engine = Engine(lambda engine, batch: None)
-    engine.state.batch = [{"image": volume}]
-    engine.state.output = [{"pred": MetaTensor(label[None]), "label": None}]
-    handler(engine)
-    assert not (tmp_path / "out").exists()
-
-
 def test_training_curve(tmp_path):
     validator = SimpleNamespace(state=SimpleNamespace(epoch=0, metrics={}))
     trainer = SimpleNamespace(state=SimpleNamespace(epoch=0, metrics={}))

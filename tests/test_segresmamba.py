@@ -39,6 +39,8 @@ OPTIONS = {
     "gsc without ToM": {"block": "gsc", "use_tom": False},
     "residual": {"residual": True},
     "full-resolution skip": {"full_resolution_skip": 8},
+    "stem of stride 1": {"stem_stride": 1},
+    "anisotropic stem": {"stem_stride": (1, 2, 2), "full_resolution_skip": 8},
     "depths": {"depths": (0, 2)},
     "one order": {"orders": ("reverse",)},
     "four orders": {"orders": ("dhw", "-wdh", "hwd", "inter_slice")},
@@ -142,6 +144,9 @@ class TestShapes:
             ((31, 40, 24), {"channels": (8, 16, 24, 32, 40), "depths": (1,) * 5}),
             ((12, 20, 28), {"block": "gsc", "downsample_conv": False}),
             ((15, 10, 11), {"full_resolution_skip": 8}),
+            ((9, 10, 11), {"stem_stride": 1}),
+            ((8, 15, 21), {"stem_stride": (1, 2, 2), "full_resolution_skip": 8}),
+            ((15, 8, 21), {"stem_stride": (2, 2, 1)}),
         ],
     )
     @pytest.mark.parametrize("batch", [1, 2])
@@ -329,6 +334,8 @@ class TestErrors:
             ({"channels": (8, 0)}, "multiple of 8"),
             ({"channels": (8, -8)}, "multiple of 8"),
             ({"full_resolution_skip": 5}, "full_resolution_skip"),
+            ({"stem_stride": 4}, "stem_stride must be 1 or 2"),
+            ({"stem_stride": (0, 2, 2)}, "stem_stride must be 1 or 2"),
             ({"depths": (1, 1, 1)}, "for each of the levels"),
             ({"block": "unet"}, "'cmmb' or 'gsc', got 'unet'"),
             ({"orders": ()}, "at least one scan order"),

@@ -27,6 +27,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from scripts.output import write_text
+
 __all__ = [
     "describe",
     "file_name",
@@ -219,14 +221,11 @@ def write_results(results: dict, table: str, name: str, output_dir: str, table_c
         output_dir: of the files; made where it is missing.
         table_csv: the same as comma-separated values.
     """
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     texts = {"json": json.dumps(results, indent=4) + "\n", "md": table, "csv": table_csv}
     for suffix, text in texts.items():
         if not text:
             continue
-        path = folder / f"{name}.{suffix}"
-        path.with_suffix(".tmp").write_text(text)
-        path.with_suffix(".tmp").replace(path)
+        path = Path(output_dir) / f"{name}.{suffix}"
+        write_text(path, text)
         print(f"written: {path}")
     print(table)

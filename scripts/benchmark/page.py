@@ -13,6 +13,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from scripts.output import write_text
+
 __all__ = ["page"]
 
 _BLOCK = re.compile(r"(<!-- (benchmarks/\S+\.md) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -32,7 +34,5 @@ def page(path: str = "docs/benchmarks.md") -> None:
         return f"{block[1]}\n{(file.parent / block[2]).read_text().strip()}\n\n{block[3]}"
 
     text = _BLOCK.sub(table, file.read_text())
-    unfinished = file.with_suffix(".tmp")
-    unfinished.write_text(text)
-    unfinished.replace(file)
+    write_text(file, text)
     print(f"written: {path}")

@@ -14,9 +14,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from scripts.output import new_figure, save_figure
+
 from .papers import load_papers
 
-__all__ = ["new_figure", "plots", "save"]
+__all__ = ["plots"]
 
 
 def plots(
@@ -55,7 +57,6 @@ def plots(
     folder = Path(output_dir or results_dir)
     if not str(output_dir or results_dir):
         raise ValueError("give --output_dir, where the pictures go.")
-    folder.mkdir(parents=True, exist_ok=True)
     trained = "a training step" if training_steps == 1 and not papers else "training"
     labels = {"memory": "peak memory of a training step, GB", "co2": f"CO2-equivalent of {trained}, {unit}"}
     for key, label in labels.items():
@@ -101,36 +102,4 @@ def _draw(points: list[dict[str, Any]], key: str, label: str, title: str, path: 
     axis.margins(y=0.15)
     axis.grid(alpha=0.3, zorder=0)
     figure.legend(loc="outside right upper")
-    save(figure, path)
-
-
-def new_figure(rows: int, columns: int) -> tuple[Any, Any]:
-    """
-    A figure that needs no display.
-
-    Args:
-        rows: of axes.
-        columns: of axes.
-
-    Returns:
-        the figure and its axes, as a list of rows.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.5 * columns, 4.5 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def save(figure: Any, path: Path) -> None:
-    """
-    Write a figure, whole or not at all.
-
-    Args:
-        figure: of matplotlib.
-        path: where it goes, ending in .png.
-    """
-    unfinished = path.with_suffix(".tmp")
-    figure.savefig(unfinished, dpi=150, format="png")
-    unfinished.replace(path)
+    save_figure(figure, path)

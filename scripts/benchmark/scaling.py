@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from scripts.output import new_figure, save_figure
+
 from .apart import run_apart
 from .measuring import describe, file_name, free_gb, machine, pick_device, write_results
 from .networks import network_names
-from .plots import new_figure, save
 from .steps import DTYPES
 
 __all__ = ["exponent", "scaling"]
@@ -170,4 +171,4 @@ def _draw(results: dict, path: Path) -> None:
             axis.minorticks_off()
             axis.grid(alpha=0.3)
             axis.legend(fontsize=7, title="exponent in voxels" if key == "seconds" else None, title_fontsize=7)
-    save(figure, path)
+    save_figure(figure, path)

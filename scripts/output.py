@@ -1,0 +1,68 @@
+# Copyright (c) 2026 SegResMamba bundle contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Files that are there whole or not at all, and figures that need no display."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+__all__ = ["new_figure", "save_figure", "write_text"]
+
+
+def new_figure(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:
+    """
+    Args:
+        rows: of axes.
+        columns: of axes.
+
+    Returns:
+        a figure, unknown to pyplot, and its axes, as a list of rows.
+    """
+    figure = Figure(figsize=(6.5 * columns, 4.5 * rows), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False).tolist()
+
+
+def save_figure(figure: Figure, path: str | os.PathLike) -> None:
+    """
+    Write a PNG under another name and move it to its place.
+
+    Args:
+        figure: what to write, at its own resolution and in its own colours.
+        path: where it goes; missing folders are made.
+    """
+    unfinished = _unfinished(path)
+    figure.savefig(unfinished, format="png", facecolor=figure.get_facecolor())
+    os.replace(unfinished, path)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """
+    Write a text under another name and move it to its place.
+
+    Args:
+        path: where it goes; missing folders are made.
+        text: what to write, in UTF-8.
+    """
+    unfinished = _unfinished(path)
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def _unfinished(path: str | os.PathLike) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(path.name + ".part")

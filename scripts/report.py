@@ -1,0 +1,309 @@
+# Copyright (c) 2026 SegResMamba bundle contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""One comparison out of several evaluations: a table with paired tests, box plots and learning curves."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import wilcoxon
+
+from scripts.evaluation import statistics
+from scripts.output import new_figure, save_figure, write_text
+
+__all__ = ["Comparison", "holm", "read_evaluations", "report"]
+
+Cases = dict[str, dict[str, dict[str, float]]]
+"""Values by metric, case and class; "mean" among the classes is the mean of them."""
+
+METRICS = {
+    "val_mean_dice": "Dice",
+    "val_hd95": "95 % Hausdorff distance, mm",
+    "val_surface_dice": "Surface Dice",
+    "val_volume_error": "Volume error, ml",
+}
+
+
+def read_evaluations(path: str | os.PathLike) -> dict[str, Cases]:
+    """
+    The values of each case out of what evaluations have written.
+
+    Args:
+        path: an evaluation's folder, or one that holds those of several folds, whose cases are put together (cases in
+            several are averaged); or a folder of :py:mod:`scripts.experiments`' results, of which each arm is one.
+
+    Returns:
+        by name (of the folder or the arm) the values.
+
+    Raises:
+        ValueError: When there is no evaluation in the folder.
+    """
+    folder = Path(path)
+    found: dict[str, Any] = defaultdict(lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(list))))
+    for file in sorted(folder.glob("*.json")):
+        content = json.loads(file.read_text())
+        for case, metrics in content.get("cases", {}).items() if "arm" in content else ():
+            for metric, values in metrics.items():
+                for label, value in values.items():
+                    found[content["arm"]][metric][case][label].append(value)
+    for file in [] if found else sorted(folder.rglob("*_raw.csv")):
+        metric = file.name.removesuffix("_raw.csv")
+        with open(file, newline="", encoding="utf-8") as table:
+            for row in csv.DictReader(table):
+                case = os.path.basename(row.pop("filename"))
+                for label, value in row.items():
+                    found[folder.resolve().name][metric][case][label].append(float(value))
+    if not found:
+        raise ValueError(
+            f"{folder}: there is no evaluation in it; expected the files that configs/evaluate.json or "
+            "scripts.experiments write (val_mean_dice_raw.csv, ..., or a JSON file for each run)."
+        )
+    return {
+        name: {
+            metric: {
+                case: {label: float(np.mean(values)) for label, values in labels.items()}
+                for case, labels in cases.items()
+            }
+            for metric, cases in metrics.items()
+        }
+        for name, metrics in found.items()
+    }
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """
+    Holm's correction for several tests.
+
+    Args:
+        p_values: of the tests.
+
+    Returns:
+        the corrected values, in the same order; those below a level are found by a procedure whose chance of any false
+        finding is at most that level.
+    """
+    order = np.argsort(p_values)
+    scaled = np.asarray(p_values)[order] * np.arange(len(p_values), 0, -1)
+    corrected = np.empty(len(p_values))
+    corrected[order] = np.minimum(1, np.maximum.accumulate(scaled))
+    return corrected.tolist()
+
+
+class Comparison:
+    """
+    Evaluations on the same cases, each against one of them.
+
+    Args:
+        evaluations: values by name, see :py:func:`read_evaluations`. Cases that not all have are left out.
+        reference: name of the one to compare the others with.
+
+    Raises:
+        ValueError: When there is no such evaluation, or they have no case in common.
+    """
+
+    def __init__(self, evaluations: Mapping[str, Cases], reference: str) -> None:
+        if reference not in evaluations:
+            raise ValueError(f"there is no evaluation {reference!r}; there are: {', '.join(evaluations)}.")
+        self.reference = reference
+        self.names = list(evaluations)
+        per_evaluation = [set.intersection(*(set(cases) for cases in e.values())) for e in evaluations.values()]
+        self.cases = sorted(set.intersection(*per_evaluation))
+        if not self.cases:
+            raise ValueError(f"{', '.join(evaluations)} have no case in common.")
+        self.left_out = len(set.union(*per_evaluation)) - len(self.cases)
+        first = next(iter(evaluations.values()))
+        self.metrics = [metric for metric in first if all(metric in e for e in evaluations.values())]
+        self.metrics.sort(key=lambda metric: (list(METRICS).index(metric) if metric in METRICS else 99, metric))
+        self.labels = list(first[self.metrics[0]][self.cases[0]])
+        self._values = evaluations
+
+    def values(self, name: str, metric: str, label: str = "mean") -> np.ndarray:
+        """
+        Args:
+            name: of the evaluation.
+            metric: such as "val_mean_dice".
+            label: a class, or "mean".
+
+        Returns:
+            the values of the common cases, in the order of ``cases``.
+        """
+        return np.array([self._values[name][metric][case][label] for case in self.cases])
+
+    def rows(self) -> list[dict[str, Any]]:
+        """
+        Returns:
+            for each metric and evaluation: the statistics of each class and of the mean, and, but for the reference,
+            the mean difference to it with its bootstrap interval and the p-value of Wilcoxon's signed-rank test on the
+            cases' means, plain and after Holm's correction for the comparisons of this metric.
+        """
+        rows = []
+        for metric in self.metrics:
+            tested = []
+            for name in self.names:
+                row: dict[str, Any] = {"metric": metric, "name": name, "cases": len(self.cases)}
+                row |= {label: statistics(self.values(name, metric, label)) for label in self.labels}
+                if name != self.reference:
+                    differences = self.values(name, metric) - self.values(self.reference, metric)
+                    row["difference"] = statistics(differences)
+                    row["p"] = float(wilcoxon(differences).pvalue) if differences.any() else 1.0
+                    tested.append(row)
+                rows.append(row)
+            for row, corrected in zip(tested, holm([row["p"] for row in tested])):
+                row["p_holm"] = corrected
+        return rows
+
+    def markdown(self) -> str:
+        """
+        Returns:
+            a table for each metric.
+        """
+        text = ""
+        rows = self.rows()
+        for metric in self.metrics:
+            mine = [row for row in rows if row["metric"] == metric]
+            classes = [label for label in self.labels if label != "mean"]
+            head = ["", *classes, "mean [95 % CI]", f"difference to {self.reference} [95 % CI]", "p (Holm)"]
+            text += f"**{METRICS.get(metric, metric)}**, {len(self.cases)} cases, mean ± standard deviation\n\n"
+            text += f"| {' | '.join(head)} |\n|{' --- |' * len(head)}\n"
+            for row in mine:
+                cells = [row["name"], *(f"{row[label]['mean']:.3f} ± {row[label]['std']:.3f}" for label in classes)]
+                cells.append(_interval(row["mean"]))
+                if row["name"] == self.reference:
+                    cells += ["", ""]
+                else:
+                    cells += [_interval(row["difference"], "+"), _p(row["p_holm"])]
+                text += f"| {' | '.join(cells)} |\n"
+            text += "\n"
+        return text
+
+    def box_plots(self) -> Any:
+        """
+        Returns:
+            a figure: for each metric the distribution of the cases' means, by evaluation.
+        """
+        figure, axes = new_figure(1, len(self.metrics))
+        for axis, metric in zip(axes[0], self.metrics):
+            values = [self.values(name, metric) for name in self.names]
+            axis.boxplot(values, tick_labels=self.names, orientation="horizontal", showmeans=True, meanline=True)
+            axis.set(xlabel=METRICS.get(metric, metric), title=f"{len(self.cases)} cases, mean of the classes")
+            axis.invert_yaxis()
+            axis.grid(alpha=0.3, axis="x")
+        return figure
+
+
+def report(
+    *results: str, output_dir: str, names: Sequence[str] = (), reference: str = "", arms: Sequence[str] = ()
+) -> None:
+    """
+    Compare evaluations: comparison.md and comparison.csv with a row for each, comparison.png with box plots, and, of
+    the runner's results, learning_curves.png.
+
+    Args:
+        results: folders, see :py:func:`read_evaluations`.
+        output_dir: where to write.
+        names: of the evaluations, in place of the folders'.
+        reference: the one that the others are compared with; the first where nothing is given.
+        arms: of the runner's results, these alone and in this order.
+
+    Raises:
+        ValueError: When there is nothing to compare, two are called the same, or ``reference`` is none of them.
+    """
+    found: dict[str, Cases] = {}
+    for folder in results:
+        for name, cases in read_evaluations(folder).items():
+            name = names[len(found)] if len(found) < len(names) else name
+            if name in found:
+                raise ValueError(f"{folder}: there is another evaluation called {name}: tell them apart with --names.")
+            found[name] = cases
+    if arms:
+        missing = [arm for arm in arms if arm not in found]
+        if missing:
+            raise ValueError(f"there is no arm {', '.join(missing)}; there are: {', '.join(found)}.")
+        found = {arm: found[arm] for arm in arms}
+    if not found:
+        raise ValueError("give the folders of the evaluations to compare.")
+    comparison = Comparison(found, reference or next(iter(found)))
+    output = Path(output_dir)
+    write_text(output / "comparison.md", comparison.markdown())
+    write_text(output / "comparison.csv", _csv(comparison.rows()))
+    save_figure(comparison.box_plots(), output / "comparison.png")
+    curves = _curves(results, found)
+    if curves:
+        save_figure(_draw_curves(curves), output / "learning_curves.png")
+    print(comparison.markdown())
+    if comparison.left_out:
+        print(f"{comparison.left_out} cases that not all have were left out.")
+    print(f"Written to {output}.")
+
+
+def _interval(found: Mapping[str, float], sign: str = "") -> str:
+    return f"{found['mean']:{sign}.4f} [{found['ci95_low']:{sign}.4f}, {found['ci95_high']:{sign}.4f}]"
+
+
+def _p(value: float) -> str:
+    return "< 0.0001" if value < 1e-4 else f"{value:.4f}"
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Nested values as columns ``label_statistic``."""
+    flat = []
+    for row in rows:
+        cells: dict[str, Any] = {}
+        for key, value in row.items():
+            cells |= {f"{key}_{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {key: value}
+        flat.append(cells)
+    text = io.StringIO()
+    columns = list(dict.fromkeys(key for row in flat for key in row))
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return text.getvalue()
+
+
+def _curves(results: Sequence[str], arms: Mapping[str, Cases]) -> dict[str, dict[int, list[float]]]:
+    """By arm and epoch the validations' Dice, one for each fold and seed."""
+    curves: dict[str, dict[int, list[float]]] = {}
+    for file in sorted(file for folder in results for file in Path(folder).glob("*.json")):
+        content = json.loads(file.read_text())
+        if content.get("arm") in arms:
+            for row in content["curve"]:
+                if row["val_mean_dice"]:
+                    by_epoch = curves.setdefault(content["arm"], {})
+                    by_epoch.setdefault(int(row["epoch"]), []).append(float(row["val_mean_dice"]))
+    return curves
+
+
+def _draw_curves(curves: Mapping[str, Mapping[int, Sequence[float]]]) -> Any:
+    figure, axes = new_figure(1, 1)
+    for k, (arm, by_epoch) in enumerate(curves.items()):
+        epochs = sorted(by_epoch)
+        style = ("-", "--", ":", "-.")[k // 10 % 4]
+        axes[0][0].plot(epochs, [np.mean(by_epoch[e]) for e in epochs], style, marker="o", markersize=3, label=arm)
+    axes[0][0].set(xlabel="epoch", ylabel="validation's mean Dice, mean of the runs")
+    axes[0][0].grid(alpha=0.3)
+    figure.legend(loc="outside right upper")
+    return figure
+
+
+if __name__ == "__main__":
+    import fire
+
+    from scripts.clear_errors import install
+
+    install()
+    fire.Fire(report)

@@ -1,0 +1,134 @@
+# Copyright (c) 2026 SegResMamba bundle contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from scipy.stats import wilcoxon
+
+from scripts.report import Comparison, holm, read_evaluations, report
+from tests.conftest import BUNDLE_ROOT
+
+CASES = [f"case_{k:02}.nii.gz" for k in range(20)]
+
+
+@pytest.fixture
+def evaluations(tmp_path):
+    """Three folders as an evaluation writes them: b is a little worse than a in every case, c is a with noise."""
+    generator = np.random.default_rng(0)
+    good = generator.uniform(0.7, 0.9, (len(CASES), 2))
+    values = {"a": good, "b": good - 0.05, "c": good + generator.normal(0, 0.01, good.shape)}
+    for name, dice in values.items():
+        for metric, scale in (("val_mean_dice", 1), ("val_hd95", 10)):
+            write(tmp_path / name, metric, CASES, scale * dice)
+    return tmp_path, values
+
+
+def write(folder, metric, cases, values):
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{metric}_raw.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["filename", "liver", "spleen", "mean"])
+        writer.writerows([f"/somewhere/{case}", *row, row.mean()] for case, row in zip(cases, values))
+
+
+def test_holm():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # Holm's own steps by hand
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_a_comparison(evaluations):
+    folder, values = evaluations
+    found = {}
+    for name in "abc":
+        found |= read_evaluations(folder / name)
+    rows = {(row["metric"], row["name"]): row for row in Comparison(found, "a").rows()}
+    assert len(rows) == 6
+    worse, noisy = rows["val_mean_dice", "b"], rows["val_mean_dice", "c"]
+    assert worse["difference"]["mean"] == pytest.approx(-0.05) and worse["p_holm"] < 0.001
+    assert worse["spleen"]["mean"] == pytest.approx(values["b"][:, 1].mean())
+    assert noisy["difference"]["ci95_low"] < noisy["difference"]["mean"] < noisy["difference"]["ci95_high"]
+    assert noisy["p"] == pytest.approx(wilcoxon((values["c"] - values["a"]).mean(1)).pvalue)
+    assert noisy["p_holm"] == pytest.approx(noisy["p"])  # the larger of two
+    assert worse["p_holm"] == pytest.approx(2 * worse["p"])
+    assert "p" not in rows["val_hd95", "a"]
+
+
+def test_equal_evaluations_do_not_differ(evaluations):
+    cases = read_evaluations(evaluations[0] / "a")["a"]
+    row = Comparison({"one": cases, "two": cases}, "one").rows()[1]
+    assert row["p"] == 1 and row["difference"]["mean"] == 0
+
+
+def test_the_command(evaluations):
+    folder, _ = evaluations
+    command = [sys.executable, "-m", "scripts.report", *(str(folder / name) for name in "abc")]
+    command += ["--output_dir", str(folder / "out"), "--names", "['ours', 'theirs']", "--reference", "c"]
+    result = subprocess.run(command, cwd=BUNDLE_ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    text = (folder / "out" / "comparison.md").read_text()
+    assert "| ours |" in text and "| theirs |" in text and "difference to c" in text
+    assert "**Dice**, 20 cases" in text and "Hausdorff" in text
+    rows = list(csv.DictReader(open(folder / "out" / "comparison.csv")))
+    assert [row["name"] for row in rows] == ["ours", "theirs", "c"] * 2
+    assert float(rows[0]["liver_mean"]) > float(rows[1]["liver_mean"])
+    assert min(imread(folder / "out" / "comparison.png").shape[:2]) > 400
+
+
+def test_folds_are_put_together_and_only_common_cases_count(tmp_path, evaluations, capsys):
+    folder, values = evaluations
+    for fold, part in enumerate((slice(0, 10), slice(10, 18))):
+        write(tmp_path / "crossed" / f"fold{fold}", "val_mean_dice", CASES[part], values["b"][part])
+    report(str(folder / "a"), str(tmp_path / "crossed"), output_dir=str(tmp_path / "out"))
+    assert "**Dice**, 18 cases" in (tmp_path / "out" / "comparison.md").read_text()
+    assert "2 cases that not all have were left out" in capsys.readouterr().out
+
+
+def test_results_of_the_runner(tmp_path):
+    """Seeds are averaged case by case, and the learning curves are drawn."""
+    for arm, seed, dice in (("base", 0, 0.8), ("base", 1, 0.9), ("other", 0, 0.7)):
+        cases = {case: {"val_mean_dice": {"liver": dice, "mean": dice}} for case in CASES}
+        curve = [{"epoch": "1", "val_mean_dice": ""}, {"epoch": "2", "val_mean_dice": str(dice)}]
+        result = {"arm": arm, "fold": 0, "seed": seed, "cases": cases, "curve": curve}
+        (tmp_path / f"{arm}-fold0-seed{seed}.json").write_text(json.dumps(result))
+    found = read_evaluations(tmp_path)
+    assert found["base"]["val_mean_dice"][CASES[0]]["liver"] == pytest.approx(0.85)
+    report(str(tmp_path), output_dir=str(tmp_path / "out"), arms=["other", "base"])
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert text.index("| other |") < text.index("| base |") and "+0.1500" in text
+    assert (tmp_path / "out" / "learning_curves.png").stat().st_size > 5000
+
+
+def test_what_cannot_be_compared_is_one_clear_error(tmp_path, evaluations):
+    folder, values = evaluations
+    out = str(tmp_path / "out")
+    write(tmp_path / "others", "val_mean_dice", ["x.nii.gz", "y.nii.gz"], values["a"][:2])
+    with pytest.raises(ValueError, match="no case in common"):
+        report(str(folder / "a"), str(tmp_path / "others"), output_dir=out)
+    with pytest.raises(ValueError, match="there is no evaluation 'd'; there are: a, b"):
+        report(str(folder / "a"), str(folder / "b"), output_dir=out, reference="d")
+    with pytest.raises(ValueError, match="another evaluation called a"):
+        report(str(folder / "a"), str(folder / "a"), output_dir=out)
+    with pytest.raises(ValueError, match="another evaluation called z"):
+        report(str(folder / "a"), str(folder / "b"), output_dir=out, names=["z", "z"])
+    with pytest.raises(ValueError, match="nothing.*there is no evaluation in it"):
+        (tmp_path / "nothing").mkdir()
+        report(str(tmp_path / "nothing"), output_dir=out)
+    with pytest.raises(ValueError, match="no arm z"):
+        report(str(folder / "a"), output_dir=out, arms=["z"])
+    assert not (tmp_path / "out").exists()
