@@ -90,10 +90,10 @@ def phantom_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def run_bundle() -> Callable[..., subprocess.CompletedProcess]:
-    """Run ``python -m monai.bundle run`` in a process of its own; configs by names such as "train"."""
+    """Run ``python -m monai.bundle run`` in a process of its own; configs by names such as "train", or absolute paths."""
 
     def run(configs: list[str], launcher: tuple[str, ...] = (), **overrides: object) -> subprocess.CompletedProcess:
-        files = [f"configs/{name}" + ("" if "." in name else ".json") for name in configs]
+        files = [name if os.path.isabs(name) else f"configs/{name}" + ("" if "." in name else ".json") for name in configs]
         options = [part for key, value in overrides.items() for part in (f"--{key}", str(value).replace("'", '"'))]
         command = [sys.executable, "-m", *launcher, "monai.bundle", "run", "--config_file", str(files), *options]
         environment = {**os.environ, "SEGRESMAMBA_SCAN": os.environ.get("SEGRESMAMBA_SCAN", "auto")}

@@ -18,6 +18,7 @@ from .apart import apart
 from .cpu import cpu
 from .efficiency import counts, efficiency
 from .gpu import gpu
+from .memory import memory
 from .page import page
 from .plots import plots
 from .scaling import scaling
@@ -31,6 +32,7 @@ fire.Fire(
         "efficiency": efficiency,
         "scaling": scaling,
         "plots": plots,
+        "memory": memory,
         "page": page,
         "apart": apart,
     }

@@ -1,0 +1,298 @@
+# Copyright (c) 2026 SegResMamba bundle contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A task overlay for one's own data set, planned from its statistics."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from monai.apps.auto3dseg import DataAnalyzer
+
+from scripts.datalist import check_dataset, dataset_channels, dataset_classes, load_datalist
+from scripts.output import write_text
+
+__all__ = ["Statistics", "analyze", "plan", "task_overlay"]
+
+_MEMORY = Path(__file__).parents[1] / "docs" / "benchmarks" / "memory.json"
+_STEPS = 25000  # of the paper's trainings on BTCV and Spleen
+_COARSE = 1.5  # an axis this much coarser than the finest keeps its resolution at the stem
+_LEAST = 16  # voxels an axis of a patch
+_MULTIPLE = 8  # voxels; SegResMamba needs none, but its convolutions then see no padding on the way down
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """
+    What a plan is made from; axes in RAS orientation.
+
+    Args:
+        class_names: background first.
+        channels: what dataset.json calls each channel of the images, such as "CT" or "T1".
+        cases: number of labelled cases.
+        spacing: voxel sizes in mm of each case, shape (cases, 3).
+        shape: voxels of each case, shape (cases, 3).
+        cropped_shape: voxels of the box around its intensities above 0, shape (cases, 3).
+        intensity: mean over the cases of the 0.5 and the 99.5 percentile of the foreground's intensities, by channel.
+    """
+
+    class_names: Sequence[str]
+    channels: Sequence[str]
+    cases: int
+    spacing: np.ndarray
+    shape: np.ndarray
+    cropped_shape: np.ndarray
+    intensity: Sequence[tuple[float, float]]
+
+    @property
+    def is_ct(self) -> bool:
+        """Intensities are Hounsfield units."""
+        return all(name.strip().upper() == "CT" for name in self.channels)
+
+    @property
+    def filled(self) -> float:
+        """Share of the images that the boxes take."""
+        return float(np.mean(self.cropped_shape.prod(1) / self.shape.prod(1)))
+
+    @property
+    def is_zero_outside(self) -> bool:
+        """The images are 0 around their object; nnU-Net's rule, a quarter of the voxels or more."""
+        return not self.is_ct and self.filled < 0.75
+
+
+def analyze(dataset_dir: str | os.PathLike) -> Statistics:
+    """
+    Read all labelled cases of a data set with MONAI's ``DataAnalyzer``.
+
+    Args:
+        dataset_dir: folder in the Decathlon's layout.
+
+    Returns:
+        its statistics.
+
+    Raises:
+        FileNotFoundError: When the folder or a file does not exist.
+        ValueError: When dataset.json is malformed, an image does not fit its label, or a label has unknown values.
+    """
+    cases = load_datalist(dataset_dir, "all")
+    classes = dataset_classes(dataset_dir)
+    check_dataset(cases, len(classes), dataset_channels(dataset_dir))
+    analyzer = DataAnalyzer(
+        {"training": cases}, "", output_path="", do_ccp=False, device="cpu", worker=0, label_key="label"
+    )
+    found = analyzer.get_all_case_stats()
+    images = [case["image_stats"] for case in found["stats_by_cases"]]
+    content = json.loads((Path(dataset_dir) / "dataset.json").read_text(encoding="utf-8"))
+    modality = content.get("modality", content.get("channel_names"))
+    foreground = [case["image_foreground_stats"]["intensity"] for case in found["stats_by_cases"]]
+    return Statistics(
+        class_names=list(classes.values()),
+        channels=[str(name) for name in (modality.values() if isinstance(modality, dict) else modality)],
+        cases=len(cases),
+        spacing=np.array([image["spacing"] for image in images], dtype=float).reshape(-1, 3),
+        shape=np.array([image["shape"][0] for image in images]),
+        cropped_shape=np.array([image["cropped_shape"][0] for image in images]),
+        intensity=[
+            tuple(float(np.mean([case[k][f"percentile_{p}"] for case in foreground])) for p in ("00_5", "99_5"))
+            for k in range(len(foreground[0]))
+        ],
+    )
+
+
+def task_overlay(found: Statistics, dataset_dir: str | os.PathLike, memory_gb: float) -> str:
+    """
+    Choose classes, intensities, spacing, width, patch, batch and length of a training.
+
+    Args:
+        found: the data set's statistics.
+        dataset_dir: its folder, written into the overlay.
+        memory_gb: what a training step may take, in GB (10^9 bytes).
+
+    Returns:
+        a task overlay in YAML, with a comment on each choice.
+
+    Raises:
+        ValueError: When not even the smallest patch fits into the memory.
+    """
+    spacing = _spacing(found.spacing)
+    shape = found.cropped_shape if found.is_zero_outside else found.shape
+    median = np.round(np.median(shape * found.spacing, axis=0) / spacing)
+    finest = spacing.min()
+    stem = [1 if step >= _COARSE * finest else 2 for step in spacing]
+    width, patch, batch, need = _patch(median, spacing, stem, found.cases, memory_gb)
+    overrides = _memory_model()[width]["overrides"]
+    steps = math.ceil(max(1, found.cases * 4 // 5) / batch)  # an epoch with one fold of five held out
+    epochs = math.ceil(_STEPS / steps)
+    interval = max(1, epochs // 50)
+    lines = [
+        f"# Planned by scripts.plan from {found.cases} cases for {memory_gb:g} GB. Each choice may be changed.",
+        f"dataset_dir: {json.dumps(str(Path(dataset_dir).resolve()))}",
+        f"class_names: {json.dumps(list(found.class_names))}  # of dataset.json, here for images without one",
+        f"in_channels: {len(found.channels)}  # {', '.join(found.channels)}",
+        *_intensity_lines(found),
+        f"spacing: {_list(spacing)}  # mm, {_spacing_reason(found.spacing)}",
+        f"stem_stride: {stem}  # {_stem_reason(stem)}",
+        f"# SegResMamba's {width} width, the larger of two that leaves a patch of half the median image, or the smaller.",
+        *(f"{key}: {json.dumps(value)}" for key, value in overrides.items()),
+        f"patch_size: {patch}  # voxels; the median image{_cropped(found)} has {_list(median)} at this spacing",
+        f"batch_size: {batch}  # a step takes about {need:.1f} GB by docs/benchmarks/memory.json (float32, CPU)",
+        f"max_epochs: {epochs}  # {_STEPS:,} steps with one fold of five held out, as many as the paper's on BTCV",
+        f"val_interval: {interval}  # epochs, some 50 validations",
+        f"save_interval: {interval}",
+        f"cache_rate: {_cache_rate(found, spacing)}  # share of the images that half of this machine's memory holds",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def plan(dataset_dir: str, output: str, memory_gb: float = 8.0) -> None:
+    """
+    Read a data set in the Decathlon's layout and write a task overlay for it, with a comment on each choice.
+
+    Args:
+        dataset_dir: folder with dataset.json, imagesTr and labelsTr.
+        output: the overlay, such as configs/tasks/mine.yaml.
+        memory_gb: memory that a training step may take, in GB: the GPU's, or what is free of the computer's.
+
+    Raises:
+        FileNotFoundError: When the folder or a file does not exist.
+        ValueError: When the data set is malformed, ``output`` exists or is no YAML file, or the memory is too small.
+    """
+    if Path(output).suffix not in (".yaml", ".yml"):
+        raise ValueError(f"{output}: the overlay is a YAML file: give --output a name that ends in .yaml.")
+    if Path(output).exists():
+        raise ValueError(f"{output} exists: give --output another name, or remove it.")
+    text = task_overlay(analyze(dataset_dir), dataset_dir, memory_gb)
+    write_text(output, text)
+    print(text)
+    print(
+        f'Written to {output}. Train: python -m monai.bundle run --config_file "[\'configs/train.json\',\'{output}\']"'
+    )
+
+
+def _memory_model() -> dict[str, dict[str, Any]]:
+    return json.loads(_MEMORY.read_text(encoding="utf-8"))["widths"]
+
+
+def _need_gb(width: str, voxels: float, stem: Sequence[int]) -> float:
+    """Memory of a training step; the body of the network sees twice the voxels for each axis its stem leaves alone."""
+    line = _memory_model()[width]
+    return (line["fixed_mib"] * 2**20 + line["bytes_per_voxel"] * voxels * math.prod(2 // s for s in stem)) / 1e9
+
+
+def _spacing(spacing: np.ndarray) -> np.ndarray:
+    """The median; along an axis that is three times coarser than the finest the 10th percentile, as nnU-Net does."""
+    chosen = np.median(spacing, axis=0)
+    coarse = chosen >= 3 * chosen.min()
+    chosen[coarse] = np.percentile(spacing, 10, axis=0)[coarse]
+    return np.array([float(f"{step:.3g}") for step in chosen])
+
+
+def _spacing_reason(spacing: np.ndarray) -> str:
+    median = np.median(spacing, axis=0)
+    if (median >= 3 * median.min()).any():
+        return "the median of the cases; the 10th percentile along the axis that is three times coarser or more"
+    return "the median of the cases"
+
+
+def _stem_reason(stem: Sequence[int]) -> str:
+    if 1 in stem:
+        return f"an axis whose spacing is {_COARSE:g} times the finest or more keeps its resolution at the first level"
+    return "spacing is much alike along the axes"
+
+
+def _patch(
+    median: np.ndarray, spacing: np.ndarray, stem: Sequence[int], cases: int, memory_gb: float
+) -> tuple[str, list[int], int, float]:
+    """Width, patch, batch and memory of a step: the patch first, then the batch."""
+    whole = [max(_LEAST, _MULTIPLE * math.ceil(size / _MULTIPLE)) for size in median]
+
+    def shrink(width: str) -> list[int]:
+        patch = list(whole)
+        while _need_gb(width, math.prod(patch), stem) > memory_gb and max(patch) > _LEAST:
+            extent = [size * step if size > _LEAST else 0.0 for size, step in zip(patch, spacing)]
+            patch[int(np.argmax(extent))] -= _MULTIPLE  # the axis that reaches furthest, in mm
+        return patch
+
+    width = "full"
+    patch = shrink(width)
+    if math.prod(patch) < math.prod(whole) / 2 or _need_gb(width, math.prod(patch), stem) > memory_gb:
+        width = "compact"
+        patch = shrink(width)
+    if _need_gb(width, math.prod(patch), stem) > memory_gb:
+        least = _need_gb(width, _LEAST**3, stem)
+        raise ValueError(f"memory_gb={memory_gb:g} is too little: the smallest patch takes {least:.1f} GB.")
+    batch = 1
+    while batch < min(4, cases) and _need_gb(width, (batch + 1) * math.prod(patch), stem) <= memory_gb:
+        batch += 1
+    return width, patch, batch, _need_gb(width, batch * math.prod(patch), stem)
+
+
+def _intensity_lines(found: Statistics) -> list[str]:
+    """CT in Hounsfield units is windowed, anything else goes to mean 0 and deviation 1."""
+    if found.is_ct:
+        low = min(low for low, _ in found.intensity)
+        high = max(high for _, high in found.intensity)
+        return [
+            "intensity:  # CT: the window from the 0.5 to the 99.5 percentile of the foreground, mean of the cases",
+            "  _target_: ScaleIntensityRanged",
+            "  keys: image",
+            f"  a_min: {low:.0f}  # Hounsfield units",
+            f"  a_max: {high:.0f}",
+            "  b_min: 0.0",
+            "  b_max: 1.0",
+            "  clip: true",
+        ]
+    lines = [
+        "intensity:  # no CT: each channel to mean 0 and standard deviation 1",
+        "  _target_: NormalizeIntensityd",
+        "  keys: image",
+        f"  nonzero: {json.dumps(found.is_zero_outside)}  # whether the images are 0 around their object",
+        "  channel_wise: true",
+    ]
+    if found.is_zero_outside:
+        lines += [
+            f"foreground_crop:  # what is not 0 fills {found.filled:.0%} of the image; training drops the rest",
+            "  _target_: CropForegroundd",
+            "  keys: [image, label]",
+            "  source_key: image",
+            "  allow_smaller: true",
+        ]
+    return lines
+
+
+def _cache_rate(found: Statistics, spacing: np.ndarray) -> float:
+    """Images and labels in float32, as ``CacheDataset`` keeps them."""
+    voxels = float((found.shape * found.spacing / spacing).prod(1).sum())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8e9
+    return min(1.0, math.floor(100 * memory / 2 / (4 * (len(found.channels) + 1) * voxels)) / 100)
+
+
+def _cropped(found: Statistics) -> str:
+    return ", cropped," if found.is_zero_outside else ""
+
+
+def _list(values: np.ndarray) -> str:
+    return "[" + ", ".join(f"{value:g}" if value % 1 else f"{value:.1f}".removesuffix(".0") for value in values) + "]"
+
+
+if __name__ == "__main__":
+    import fire
+
+    from scripts.clear_errors import install
+
+    install()
+    fire.Fire(plan)
