@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ignite.distributed as idist
@@ -28,7 +28,9 @@ from monai.handlers.utils import write_metrics_reports
 from monai.utils import string_list_all_gather
 from scipy.stats import bootstrap
 
-__all__ = ["ClassMetricsSaver", "statistics"]
+from scripts.output import write_text
+
+__all__ = ["ClassMetricsSaver", "statistics", "summary_table"]
 
 
 def _image_meta(batch: Sequence[Any]) -> list[dict]:
@@ -101,23 +103,27 @@ class ClassMetricsSaver(MetricsSaver):
             columns["mean"] = values.mean(1).numpy()
             summary[name] = {label: statistics(column) for label, column in columns.items()}
         path = os.path.join(self.save_dir, "summary.json")
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(summary, file, indent=4)
-            file.write("\n")
-        self.logger.info(f"{len(cases)} cases, mean +- standard deviation:\n{self._table(summary)}\nWritten to {path}.")
+        write_text(path, json.dumps(summary, indent=4) + "\n")
+        self.logger.info(
+            f"{len(cases)} cases, mean +- standard deviation:\n{summary_table(summary)}\nWritten to {path}."
+        )
 
-    def _table(self, summary: dict) -> str:
-        """Lines of a table, a row per class and a column per metric."""
-        metrics = [name for name in summary if name != "cases"]
-        rows = [["class", *metrics]]
-        for label in (*self.class_names, "mean"):
-            row = [label]
-            for name in metrics:
-                found = summary[name][label]
-                row.append(f"{found['mean']:.4f} +- {found['std']:.4f}")
-            rows.append(row)
-        widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-        return "\n".join("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows)
+
+def summary_table(summary: Mapping[str, Any]) -> str:
+    """
+    Args:
+        summary: content of summary.json.
+
+    Returns:
+        lines of a table, a row per class and a column per metric, mean and standard deviation.
+    """
+    metrics = [name for name in summary if name != "cases"]
+    rows = [["class", *metrics]]
+    for label in summary[metrics[0]]:
+        found = [summary[name][label] for name in metrics]
+        rows.append([label, *(f"{values['mean']:.4f} +- {values['std']:.4f}" for values in found)])
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    return "\n".join("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows)
 
 
 def statistics(values: np.ndarray) -> dict[str, float]:

@@ -29,7 +29,7 @@ from monai.utils import ensure_tuple
 
 from scripts.output import write_text
 
-__all__ = ["Run", "experiments", "planned_runs"]
+__all__ = ["Run", "evaluate", "experiments", "planned_runs", "run_all"]
 
 _ARM_KEYS = {"configs", "overrides", "folds", "seeds"}
 _KEYS = _ARM_KEYS | {"arms"}
@@ -117,8 +117,28 @@ def experiments(
         ValueError: When the plan is malformed.
         ChildProcessError: When a training or an evaluation fails; the last lines of its log are in the message.
     """
-    begin = time.monotonic()
     runs = [run for run in planned_runs(plan) if not arms or run.arm in ensure_tuple(arms)]
+    run_all(runs, dataset_dir, output_dir, results_dir, hours, parallel)
+
+
+def run_all(
+    runs: Sequence[Run], dataset_dir: str, output_dir: str, results_dir: str, hours: float = 0.0, parallel: int = 1
+) -> None:
+    """
+    Train and evaluate runs that have no result yet, see :py:func:`experiments`.
+
+    Args:
+        runs: in their order.
+        dataset_dir: the data set.
+        output_dir: where each run's folder, of its name, is kept.
+        results_dir: where each finished run writes one JSON file.
+        hours: begin no run after this many; 0 for no limit.
+        parallel: runs at a time.
+
+    Raises:
+        ChildProcessError: When a training or an evaluation fails.
+    """
+    begin = time.monotonic()
     threads = max(1, (os.cpu_count() or 1) // parallel) if parallel > 1 else None
 
     def work(k: int) -> None:
@@ -132,7 +152,7 @@ def experiments(
             print(note, flush=True)
             folder = Path(output_dir) / run.name
             _train(run, dataset_dir, folder, threads)
-            _bundle(run, dataset_dir, folder, "evaluation", ["configs/evaluate.json"], threads=threads)
+            evaluate(run, dataset_dir, folder, threads=threads)
             write_text(result, json.dumps(_result(run, folder), indent=1) + "\n")
 
     with ThreadPoolExecutor(parallel) as workers:
@@ -143,6 +163,23 @@ def experiments(
         except BaseException:
             workers.shutdown(cancel_futures=True)
             raise
+
+
+def evaluate(run: Run, dataset_dir: str, folder: Path, name: str = "evaluation", threads: int | None = None) -> None:
+    """
+    Run configs/evaluate.json with a run's settings.
+
+    Args:
+        run: its fold's cases are evaluated, unless its overrides say otherwise.
+        dataset_dir: the data set.
+        folder: holds the weights, in models/.
+        name: of the folder in it that is written to.
+        threads: of the CPU; None for PyTorch's choice.
+
+    Raises:
+        ChildProcessError: When it fails.
+    """
+    _bundle(run, dataset_dir, folder, name, ["configs/evaluate.json"], threads=threads)
 
 
 def _train(run: Run, dataset_dir: str, folder: Path, threads: int | None) -> None:

@@ -178,9 +178,7 @@ def plan(dataset_dir: str, output: str, memory_gb: float = 8.0) -> None:
     text = task_overlay(analyze(dataset_dir), dataset_dir, memory_gb)
     write_text(output, text)
     print(text)
-    print(
-        f'Written to {output}. Train: python -m monai.bundle run --config_file "[\'configs/train.json\',\'{output}\']"'
-    )
+    print(f"Written to {output}. Train: python -m monai.bundle run --config_file \"['configs/train.json','{output}']\"")
 
 
 def _memory_model() -> dict[str, dict[str, Any]]:

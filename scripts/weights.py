@@ -17,7 +17,7 @@ import os
 import torch
 from monai.networks.utils import copy_model_state
 
-__all__ = ["check_weights", "load_pretrained"]
+__all__ = ["check_weights", "load_pretrained", "read_weights"]
 
 
 def check_weights(checkpoint: str | os.PathLike, network: torch.nn.Module) -> None:
@@ -32,7 +32,7 @@ def check_weights(checkpoint: str | os.PathLike, network: torch.nn.Module) -> No
         FileNotFoundError: When the file does not exist.
         ValueError: When it holds no weights, or those of another network.
     """
-    then = {name: tuple(value.shape) for name, value in _read_weights(checkpoint, "--ckpt_dir or --checkpoint").items()}
+    then = {name: tuple(value.shape) for name, value in read_weights(checkpoint, "--ckpt_dir or --checkpoint").items()}
     now = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     for name in sorted(now.keys() | then.keys()):
         if now.get(name) != then.get(name):
@@ -56,7 +56,7 @@ def load_pretrained(checkpoint: str | os.PathLike, network: torch.nn.Module) -> 
         FileNotFoundError: When the file does not exist.
         ValueError: When it holds no weights, or none that fits.
     """
-    weights = _read_weights(checkpoint, "--pretrained")
+    weights = read_weights(checkpoint, "--pretrained")
     _, loaded, fresh = copy_model_state(network, weights, inplace=True)
     if not loaded:
         raise ValueError(f"{checkpoint} holds no weights that fit this network: is it another architecture or width?")
@@ -67,8 +67,19 @@ def load_pretrained(checkpoint: str | os.PathLike, network: torch.nn.Module) -> 
     )
 
 
-def _read_weights(checkpoint: str | os.PathLike, key: str) -> dict[str, torch.Tensor]:
-    """The state dict in a file; ``key`` is what a user gives the file with."""
+def read_weights(checkpoint: str | os.PathLike, key: str) -> dict[str, torch.Tensor]:
+    """
+    Args:
+        checkpoint: file with a state dict, or with one under "model".
+        key: what a user gives the file with, for the error.
+
+    Returns:
+        the state dict.
+
+    Raises:
+        FileNotFoundError: When the file does not exist.
+        ValueError: When it holds no weights.
+    """
     if not os.path.isfile(checkpoint):
         raise FileNotFoundError(f"There are no weights at {checkpoint}: train first, or give {key} where they lie.")
     try:

@@ -93,7 +93,9 @@ def run_bundle() -> Callable[..., subprocess.CompletedProcess]:
     """Run ``python -m monai.bundle run`` in a process of its own; configs by names such as "train", or absolute paths."""
 
     def run(configs: list[str], launcher: tuple[str, ...] = (), **overrides: object) -> subprocess.CompletedProcess:
-        files = [name if os.path.isabs(name) else f"configs/{name}" + ("" if "." in name else ".json") for name in configs]
+        files = [
+            name if os.path.isabs(name) else f"configs/{name}" + ("" if "." in name else ".json") for name in configs
+        ]
         options = [part for key, value in overrides.items() for part in (f"--{key}", str(value).replace("'", '"'))]
         command = [sys.executable, "-m", *launcher, "monai.bundle", "run", "--config_file", str(files), *options]
         environment = {**os.environ, "SEGRESMAMBA_SCAN": os.environ.get("SEGRESMAMBA_SCAN", "auto")}

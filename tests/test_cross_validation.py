@@ -1,0 +1,69 @@
+# Copyright (c) 2026 SegResMamba bundle contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from scripts.ensemble import Ensemble, join_weights
+from tests.conftest import BUNDLE_ROOT, TINY
+
+
+def test_an_ensemble_is_the_mean(tmp_path):
+    networks = [torch.nn.Conv3d(1, 2, 3) for _ in range(3)]
+    for k, network in enumerate(networks):
+        torch.save(network.state_dict() if k else {"model": network.state_dict()}, tmp_path / f"{k}.pt")
+    join_weights([tmp_path / f"{k}.pt" for k in range(3)], tmp_path / "ensemble.pt")
+    ensemble = Ensemble(torch.nn.Conv3d(1, 2, 3), 3)
+    ensemble.load_state_dict(torch.load(tmp_path / "ensemble.pt", weights_only=True))
+    volume = torch.rand(1, 1, 8, 8, 8)
+    assert torch.allclose(ensemble(volume), sum(network(volume) for network in networks) / 3, atol=1e-6)
+    with pytest.raises(FileNotFoundError, match="no weights at"):
+        join_weights([tmp_path / "3.pt"], tmp_path / "ensemble.pt")
+
+
+def test_cross_validation_goes_on_where_it_stopped(phantom_dir, tmp_path, run_bundle):
+    """All labelled cases are evaluated once, and the ensemble's evaluation and inference run."""
+    names = sorted(file.name.removesuffix(".nii.gz") for file in (phantom_dir / "imagesTr").iterdir())
+    settings = {key: value for key, value in TINY.items() if key not in ("num_folds", "max_epochs")}
+    settings |= {"max_epochs": 1, "test_cases": names[-2:]}
+    options = [part for key, value in settings.items() for part in (f"--{key}", str(value).replace("'", '"'))]
+    command = [sys.executable, "-m", "scripts.cross_validation", str(phantom_dir), str(tmp_path / "cv")]
+    command += ["--config_file", "['configs/tasks/phantom.yaml']", "--num_folds", "2", "--parallel", "2", *options]
+    result = subprocess.run(command, cwd=BUNDLE_ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    summary = json.loads((tmp_path / "cv" / "summary.json").read_text())
+    assert summary["cases"] == 4 and "4 cases, each by the network" in result.stdout
+    pooled = []
+    for fold in range(2):
+        raw = tmp_path / "cv" / f"cross_validation-fold{fold}-seed0" / "evaluation" / "val_mean_dice_raw.csv"
+        pooled += [float(row["mean"]) for row in csv.DictReader(open(raw))]
+    assert sum(pooled) / 4 == pytest.approx(summary["val_mean_dice"]["mean"]["mean"], abs=1e-4)
+    assert json.loads((tmp_path / "cv" / "test" / "summary.json").read_text())["cases"] == 2
+
+    places = {"dataset_dir": phantom_dir, "ckpt_dir": tmp_path / "cv" / "models", "output_dir": tmp_path / "out"}
+    shape = {key: TINY[key] for key in ("channels", "depths", "full_resolution_skip", "patch_size", "spacing")}
+    overlays = ["inference", "tasks/phantom.yaml", "options/ensemble.yaml"]
+    inference = run_bundle(overlays, **places, **shape, num_networks=2, device="cpu", pictures=False)
+    assert inference.returncode == 0, inference.stdout[-2000:] + inference.stderr[-2000:]
+    assert len(list((tmp_path / "out").glob("*_seg.nii.gz"))) == 2
+
+    last = tmp_path / "cv" / "cross_validation-fold1-seed0" / "models" / "last.pt"
+    written = last.stat().st_mtime_ns
+    again = subprocess.run(command, cwd=BUNDLE_ROOT, capture_output=True, text=True)
+    assert again.returncode == 0 and again.stdout.count("done before") == 2
+    assert last.stat().st_mtime_ns == written
+    assert json.loads((tmp_path / "cv" / "summary.json").read_text()) == summary
