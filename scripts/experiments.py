@@ -145,11 +145,11 @@ def run_all(
         run, note = runs[k], f"[{k + 1}/{len(runs)}] {runs[k].name}"
         result = Path(results_dir) / f"{run.name}.json"
         if result.is_file():
-            print(f"{note}: done before")
+            print(f"{note}: done before\n", end="", flush=True)  # in one piece, beside other threads
         elif hours and time.monotonic() - begin > 3600 * hours:
-            print(f"{note}: left for another time")
+            print(f"{note}: left for another time\n", end="", flush=True)
         else:
-            print(note, flush=True)
+            print(f"{note}\n", end="", flush=True)
             folder = Path(output_dir) / run.name
             _train(run, dataset_dir, folder, threads)
             evaluate(run, dataset_dir, folder, threads=threads)

@@ -107,10 +107,14 @@ def analyze(dataset_dir: str | os.PathLike) -> Statistics:
         shape=np.array([image["shape"][0] for image in images]),
         cropped_shape=np.array([image["cropped_shape"][0] for image in images]),
         intensity=[
-            tuple(float(np.mean([case[k][f"percentile_{p}"] for case in foreground])) for p in ("00_5", "99_5"))
+            (_mean(foreground, k, "percentile_00_5"), _mean(foreground, k, "percentile_99_5"))
             for k in range(len(foreground[0]))
         ],
     )
+
+
+def _mean(cases: Sequence[Sequence[dict[str, float]]], channel: int, key: str) -> float:
+    return float(np.mean([case[channel][key] for case in cases]))
 
 
 def task_overlay(found: Statistics, dataset_dir: str | os.PathLike, memory_gb: float) -> str:
@@ -146,7 +150,7 @@ def task_overlay(found: Statistics, dataset_dir: str | os.PathLike, memory_gb: f
         *_intensity_lines(found),
         f"spacing: {_list(spacing)}  # mm, {_spacing_reason(found.spacing)}",
         f"stem_stride: {stem}  # {_stem_reason(stem)}",
-        f"# SegResMamba's {width} width, the larger of two that leaves a patch of half the median image, or the smaller.",
+        f"# SegResMamba's {width} width: the full one where a patch of half the median image still fits, or the compact.",
         *(f"{key}: {json.dumps(value)}" for key, value in overrides.items()),
         f"patch_size: {patch}  # voxels; the median image{_cropped(found)} has {_list(median)} at this spacing",
         f"batch_size: {batch}  # a step takes about {need:.1f} GB by docs/benchmarks/memory.json (float32, CPU)",

@@ -90,7 +90,7 @@ def phantom_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def run_bundle() -> Callable[..., subprocess.CompletedProcess]:
-    """Run ``python -m monai.bundle run`` in a process of its own; configs by names such as "train", or absolute paths."""
+    """Run ``python -m monai.bundle run`` in a process of its own; configs by names such as "train", or by path."""
 
     def run(configs: list[str], launcher: tuple[str, ...] = (), **overrides: object) -> subprocess.CompletedProcess:
         files = [
