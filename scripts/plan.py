@@ -150,7 +150,7 @@ def task_overlay(found: Statistics, dataset_dir: str | os.PathLike, memory_gb: f
         *_intensity_lines(found),
         f"spacing: {_list(spacing)}  # mm, {_spacing_reason(found.spacing)}",
         f"stem_stride: {stem}  # {_stem_reason(stem)}",
-        f"# SegResMamba's {width} width: the full one where a patch of half the median image still fits, or the compact.",
+        f"# SegResMamba's {width} width: full where a patch of half the median image still fits, else compact.",
         *(f"{key}: {json.dumps(value)}" for key, value in overrides.items()),
         f"patch_size: {patch}  # voxels; the median image{_cropped(found)} has {_list(median)} at this spacing",
         f"batch_size: {batch}  # a step takes about {need:.1f} GB by docs/benchmarks/memory.json (float32, CPU)",
