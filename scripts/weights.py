@@ -13,25 +13,42 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 
 import torch
+from monai.apps.utils import check_hash
+from monai.bundle import ConfigParser
 from monai.networks.utils import copy_model_state
 
 __all__ = ["check_weights", "load_pretrained", "read_weights"]
 
 
-def check_weights(checkpoint: str | os.PathLike, network: torch.nn.Module) -> None:
+def check_weights(
+    checkpoint: str | os.PathLike, network: torch.nn.Module, large_files: str | os.PathLike | None = None
+) -> None:
     """
     Make sure that a file's weights are there and fit a network, before anything is run with them.
 
     Args:
         checkpoint: file with a state dict, or with one under "model".
         network: the network that is to load it.
+        large_files: the bundle's large_files.yml; a file that stands in it must have the hash given there.
 
     Raises:
         FileNotFoundError: When the file does not exist.
-        ValueError: When it holds no weights, or those of another network.
+        ValueError: When it holds no weights, those of another network, or is not the file of large_files.yml.
     """
+    listed = _listed(checkpoint, large_files)
+    if listed is not None and not os.path.isfile(checkpoint):
+        raise FileNotFoundError(
+            f"There are no weights at {checkpoint}: fetch them from {listed['url']} with "
+            f'python -m monai.bundle download_large_files --bundle_path "{Path(str(large_files)).parent}"'
+        )
+    if listed is not None and not check_hash(checkpoint, listed["hash_val"], listed.get("hash_type", "md5")):
+        raise ValueError(
+            f"{checkpoint} is not the file that {large_files} describes (its hash differs): it is damaged or another "
+            "one. Remove it and fetch it again, or give --checkpoint weights of your own."
+        )
     then = {name: tuple(value.shape) for name, value in read_weights(checkpoint, "--ckpt_dir or --checkpoint").items()}
     now = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     for name in sorted(now.keys() | then.keys()):
@@ -41,6 +58,15 @@ def check_weights(checkpoint: str | os.PathLike, network: torch.nn.Module) -> No
                 f"{now.get(name, 'absent')} here): give the same channels, depths and other keys of the network, the "
                 "same task overlay and data set as in training."
             )
+
+
+def _listed(checkpoint: str | os.PathLike, large_files: str | os.PathLike | None) -> dict[str, str] | None:
+    """The entry of large_files.yml for a file."""
+    if large_files is None or not os.path.isfile(large_files):
+        return None
+    entries = ConfigParser.load_config_file(large_files).get("large_files") or []
+    place = Path(checkpoint).resolve()
+    return next((entry for entry in entries if (Path(large_files).parent / entry["path"]).resolve() == place), None)
 
 
 def load_pretrained(checkpoint: str | os.PathLike, network: torch.nn.Module) -> None:

@@ -1,0 +1,66 @@
+# Copyright (c) 2026 SegResMamba bundle contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+import yaml
+
+from scripts.weights import check_weights
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    """A bundle's folder whose large_files.yml describes models/big.pt, and a network that fits the file."""
+    network = torch.nn.Conv3d(1, 2, 3)
+    (tmp_path / "models").mkdir()
+    torch.save(network.state_dict(), tmp_path / "models" / "big.pt")
+    entry = {"path": "models/big.pt", "url": "https://example.org/big.pt", "hash_type": "sha256"}
+    entry["hash_val"] = hashlib.sha256((tmp_path / "models" / "big.pt").read_bytes()).hexdigest()
+    (tmp_path / "large_files.yml").write_text(yaml.safe_dump({"large_files": [entry]}))
+    return tmp_path, network
+
+
+def test_a_large_file_must_be_the_one_described(bundle):
+    folder, network = bundle
+    check_weights(folder / "models" / "big.pt", network, folder / "large_files.yml")
+    torch.save(torch.nn.Conv3d(1, 2, 3).state_dict(), folder / "models" / "big.pt")
+    with pytest.raises(ValueError, match="its hash differs"):
+        check_weights(folder / "models" / "big.pt", network, folder / "large_files.yml")
+    torch.save(network.state_dict(), folder / "models" / "own.pt")  # not described there: any that fits
+    check_weights(folder / "models" / "own.pt", network, folder / "large_files.yml")
+
+
+def test_a_missing_large_file_says_where_it_is(bundle):
+    folder, network = bundle
+    (folder / "models" / "big.pt").unlink()
+    with pytest.raises(FileNotFoundError, match="https://example.org/big.pt.*download_large_files"):
+        check_weights(folder / "models" / "big.pt", network, folder / "large_files.yml")
+    with pytest.raises(FileNotFoundError, match="train first"):
+        check_weights(folder / "models" / "own.pt", network, folder / "large_files.yml")
+
+
+def test_weights_in_half_precision_fit(bundle):
+    folder, network = bundle
+    halved = {name: value.half() for name, value in network.state_dict().items()}
+    torch.save(halved, folder / "models" / "half.pt")
+    check_weights(folder / "models" / "half.pt", network)
+    network.load_state_dict(torch.load(folder / "models" / "half.pt", weights_only=True))
+    assert network.weight.dtype == torch.float32
+
+
+def test_a_pickle_of_anything_else_is_refused(bundle):
+    folder, network = bundle
+    torch.save(network, folder / "models" / "whole.pt")  # a pickled module, which could run any code when loaded
+    with pytest.raises(ValueError, match="holds no weights that can be read"):
+        check_weights(folder / "models" / "whole.pt", network)
