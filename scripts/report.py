@@ -211,7 +211,7 @@ def report(
 ) -> None:
     """
     Compare evaluations: comparison.md and comparison.csv with a row for each, comparison.png with box plots, and, of
-    the runner's results, learning_curves.png.
+    the runner's results, runs.md with what each arm's trainings took and reached, and learning_curves.png.
 
     Args:
         results: folders, see :py:func:`read_evaluations`.
@@ -242,9 +242,10 @@ def report(
     write_text(output / "comparison.md", comparison.markdown())
     write_text(output / "comparison.csv", _csv(comparison.rows()))
     save_figure(comparison.box_plots(), output / "comparison.png")
-    curves = _curves(results, found)
-    if curves:
-        save_figure(_draw_curves(curves), output / "learning_curves.png")
+    runs = _runs(results, list(found))
+    if runs:
+        write_text(output / "runs.md", _runs_table(runs))
+        save_figure(_draw_curves(runs), output / "learning_curves.png")
     print(comparison.markdown())
     if comparison.left_out:
         print(f"{comparison.left_out} cases that not all have were left out.")
@@ -275,22 +276,38 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _curves(results: Sequence[str], arms: Mapping[str, Cases]) -> dict[str, dict[int, list[float]]]:
-    """By arm and epoch the validations' Dice, one for each fold and seed."""
-    curves: dict[str, dict[int, list[float]]] = {}
-    for file in sorted(file for folder in results for file in Path(folder).glob("*.json")):
-        content = json.loads(file.read_text())
-        if content.get("arm") in arms:
-            for row in content["curve"]:
-                if row["val_mean_dice"]:
-                    by_epoch = curves.setdefault(content["arm"], {})
-                    by_epoch.setdefault(int(row["epoch"]), []).append(float(row["val_mean_dice"]))
-    return curves
+def _runs(results: Sequence[str], arms: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """What the runner has written, by arm."""
+    files = sorted(file for folder in results for file in Path(folder).glob("*.json"))
+    contents = [json.loads(file.read_text()) for file in files]
+    found = {arm: [content for content in contents if content.get("arm") == arm] for arm in arms}
+    return {arm: runs for arm, runs in found.items() if runs}
 
 
-def _draw_curves(curves: Mapping[str, Mapping[int, Sequence[float]]]) -> Any:
+def _runs_table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """The spread between seeds is the yardstick for differences between arms."""
+    lines = [
+        "| | folds | seeds | mean Dice of each seed | their standard deviation | minutes a run |",
+        "| --- " * 6 + "|",
+    ]
+    for arm, mine in runs.items():
+        by_seed: dict[int, list[float]] = {}
+        for run in mine:
+            by_seed.setdefault(run["seed"], []).extend(case["val_mean_dice"]["mean"] for case in run["cases"].values())
+        means = [float(np.mean(values)) for values in by_seed.values()]
+        spread = f"{np.std(means, ddof=1):.4f}" if len(means) > 1 else ""
+        minutes = np.mean([run["seconds"] for run in mine]) / 60
+        cells = [arm, len({run["fold"] for run in mine}), len(means), ", ".join(f"{mean:.4f}" for mean in means)]
+        lines.append(f"| {' | '.join(str(cell) for cell in (*cells, spread, f'{minutes:.0f}'))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     figure, axes = new_figure(1, 1)
-    for k, (arm, by_epoch) in enumerate(curves.items()):
+    for k, (arm, mine) in enumerate(runs.items()):
+        by_epoch: dict[int, list[float]] = {}
+        for row in (row for run in mine for row in run["curve"] if row["val_mean_dice"]):
+            by_epoch.setdefault(int(row["epoch"]), []).append(float(row["val_mean_dice"]))
         epochs = sorted(by_epoch)
         style = ("-", "--", ":", "-.")[k // 10 % 4]
         axes[0][0].plot(epochs, [np.mean(by_epoch[e]) for e in epochs], style, marker="o", markersize=3, label=arm)

@@ -104,13 +104,15 @@ def test_results_of_the_runner(tmp_path):
     for arm, seed, dice in (("base", 0, 0.8), ("base", 1, 0.9), ("other", 0, 0.7)):
         cases = {case: {"val_mean_dice": {"liver": dice, "mean": dice}} for case in CASES}
         curve = [{"epoch": "1", "val_mean_dice": ""}, {"epoch": "2", "val_mean_dice": str(dice)}]
-        result = {"arm": arm, "fold": 0, "seed": seed, "cases": cases, "curve": curve}
+        result = {"arm": arm, "fold": 0, "seed": seed, "cases": cases, "curve": curve, "seconds": 120}
         (tmp_path / f"{arm}-fold0-seed{seed}.json").write_text(json.dumps(result))
     found = read_evaluations(tmp_path)
     assert found["base"]["val_mean_dice"][CASES[0]]["liver"] == pytest.approx(0.85)
     report(str(tmp_path), output_dir=str(tmp_path / "out"), arms=["other", "base"])
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert text.index("| other |") < text.index("| base |") and "+0.1500" in text
+    runs = (tmp_path / "out" / "runs.md").read_text()
+    assert "| base | 1 | 2 | 0.8000, 0.9000 | 0.0707 | 2 |" in runs and "| other | 1 | 1 | 0.7000 |  | 2 |" in runs
     assert (tmp_path / "out" / "learning_curves.png").stat().st_size > 5000
 
 

@@ -17,13 +17,13 @@ from scripts.output import write_text
 
 __all__ = ["page"]
 
-_BLOCK = re.compile(r"(<!-- (benchmarks/\S+\.md) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- ([\w-]+/\S+\.md) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def page(path: str = "docs/benchmarks.md") -> None:
     """
-    Put the tables that the benchmarks wrote into the page that explains them: what stands between
-    ``<!-- benchmarks/NAME.md -->`` and ``<!-- end -->`` is replaced by that file.
+    Put the tables that the benchmarks, or scripts.report, wrote into the page that explains them: what stands between
+    ``<!-- FOLDER/NAME.md -->`` and ``<!-- end -->`` is replaced by that file.
 
     Args:
         path: of the page.
