@@ -59,12 +59,17 @@ def cross_validation(
 
     Raises:
         ChildProcessError: When a training or an evaluation fails; the last lines of its log are in the message.
-        ValueError: When the data set is malformed.
+        ValueError: When the data set is malformed, or the folder holds a cross-validation with other settings.
     """
+    if "checkpoint" in overrides:
+        raise ValueError("checkpoint cannot be set here: each fold is evaluated with its own models/model.pt.")
     configs = ensure_tuple(config_file)
     overrides = {**overrides, "num_folds": num_folds}
     runs = [Run("cross_validation", fold, seed, configs, overrides) for fold in range(num_folds)]
     folder = Path(output_dir)
+    strangers = {file.stem for file in (folder / "results").glob("*.json")} - {run.name for run in runs}
+    if strangers:
+        raise ValueError(f"{folder}/results holds {min(strangers)}, of another cross-validation: give another folder.")
     run_all(runs, dataset_dir, output_dir, str(folder / "results"), parallel=parallel)
 
     ((_, metrics),) = read_evaluations(folder / "results").items()

@@ -71,8 +71,8 @@ def image_list(dataset_dir: str | os.PathLike, layout: str = "decathlon") -> lis
     Args:
         dataset_dir: a folder with dataset.json, with imagesTs, or with image files right in it
             (.nii.gz, .nii, .mha, .mhd, .nrrd; one volume each).
-        layout: "decathlon", or one of :py:data:`scripts.layouts.LAYOUTS`, whose cases without a label are taken, or all
-            where each has one. A folder of plain images is one in either case.
+        layout: "decathlon", or one of :py:data:`scripts.layouts.LAYOUTS`, whose test cases are taken, or all
+            where there are none. A folder of plain images is one in either case.
 
     Returns:
         Dicts with the absolute path, or paths, "image", sorted by name.
@@ -85,10 +85,11 @@ def image_list(dataset_dir: str | os.PathLike, layout: str = "decathlon") -> lis
     if not folder.is_dir():
         raise FileNotFoundError(f"The folder {folder} does not exist: give --dataset_dir a folder of images.")
     if layout != "decathlon":
-        try:
-            return [{"image": item["image"]} for item in layout_cases(folder, layout, labelled=False)]
-        except FileNotFoundError:
-            pass  # a folder of plain images
+        for labelled in (False, True):
+            try:
+                return [{"image": item["image"]} for item in layout_cases(folder, layout, labelled=labelled)]
+            except FileNotFoundError:
+                pass  # all have labels, or a folder of plain images
     path = folder / "dataset.json"
     if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("test"):
         return [{"image": item["image"]} for item in load_datalist(folder, "test")]

@@ -279,6 +279,10 @@ def _load_items(dataset_dir: str | os.PathLike, key: str) -> list[dict]:
     twice = next((image for image in images if images.count(image) > 1), None)
     if twice:  # its copies would lie on both sides of a fold
         raise ValueError(f"{path} lists {', '.join(twice)} more than once under {key!r}: list every case once.")
+    names = [os.path.basename(image[0]) for image in images]
+    alike = next((name for name in names if names.count(name) > 1), None)
+    if alike:  # results are told apart by the name
+        raise ValueError(f"{path} lists two files called {alike} under {key!r}: give each case a name of its own.")
     return sorted(items, key=lambda item: [(os.path.basename(file), file) for file in ensure_tuple(item["image"])])
 
 

@@ -16,6 +16,7 @@ from copy import deepcopy
 
 import torch
 
+from scripts.output import whole_file
 from scripts.weights import read_weights
 
 __all__ = ["Ensemble", "join_weights"]
@@ -67,6 +68,5 @@ def join_weights(checkpoints: Sequence[str | os.PathLike], path: str | os.PathLi
         for k, checkpoint in enumerate(checkpoints)
         for name, value in read_weights(checkpoint, "the file").items()
     }
-    unfinished = f"{os.fspath(path)}.part"
-    torch.save(joint, unfinished)
-    os.replace(unfinished, path)
+    with whole_file(path) as unfinished:
+        torch.save(joint, unfinished)

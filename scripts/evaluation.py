@@ -65,7 +65,7 @@ class ClassMetricsSaver(MetricsSaver):
         super().__init__(
             save_dir, metric_details=metric_details, batch_transform=batch_transform, summary_ops=summary_ops
         )
-        self.class_names = list(class_names)
+        self.class_names = [name.replace(",", " ") for name in class_names]  # MONAI's CSV files are not quoted
         self.logger = logging.getLogger(__name__)
 
     def attach(self, engine: Engine) -> None:

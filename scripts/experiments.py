@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,11 @@ class Run:
     def name(self) -> str:
         """Of its files."""
         return f"{self.arm}-fold{self.fold}-seed{self.seed}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What tells it from a run of the same name, as JSON has it."""
+        return json.loads(json.dumps({"configs": list(self.configs), "overrides": dict(self.overrides)}))
 
 
 def planned_runs(plan: str) -> Iterator[Run]:
@@ -137,9 +142,16 @@ def run_all(
 
     Raises:
         ChildProcessError: When a training or an evaluation fails.
+        ValueError: When a run's folder or result is that of another run with the same name.
     """
     begin = time.monotonic()
     threads = max(1, (os.cpu_count() or 1) // parallel) if parallel > 1 else None
+
+    for run in runs:
+        for file in (Path(results_dir) / f"{run.name}.json", Path(output_dir) / run.name / "settings.json"):
+            before = json.loads(file.read_text()) if file.is_file() else {}
+            if any(before.get(key, value) != value for key, value in run.settings.items()):
+                raise ValueError(f"{file} is of a run with other settings: give other folders, or remove it.")
 
     def work(k: int) -> None:
         run, note = runs[k], f"[{k + 1}/{len(runs)}] {runs[k].name}"
@@ -157,12 +169,11 @@ def run_all(
 
     with ThreadPoolExecutor(parallel) as workers:
         futures = [workers.submit(work, k) for k in range(len(runs))]
-        try:
-            for future in futures:
+        wait(futures, return_when=FIRST_EXCEPTION)  # of one that fails nothing further is begun
+        workers.shutdown(cancel_futures=True)
+        for future in futures:
+            if not future.cancelled():
                 future.result()
-        except BaseException:
-            workers.shutdown(cancel_futures=True)
-            raise
 
 
 def evaluate(run: Run, dataset_dir: str, folder: Path, name: str = "evaluation", threads: int | None = None) -> None:
@@ -187,6 +198,7 @@ def _train(run: Run, dataset_dir: str, folder: Path, threads: int | None) -> Non
     clock = folder / "seconds.json"
     if (folder / "trained").is_file():
         return
+    write_text(folder / "settings.json", json.dumps(run.settings, indent=1) + "\n")
     spent = json.loads(clock.read_text()) if clock.is_file() else []
     start = time.time()
     more = {"resume": True} if (folder / "models" / "last.pt").is_file() else {}
@@ -239,8 +251,7 @@ def _result(run: Run, folder: Path) -> dict[str, Any]:
         "arm": run.arm,
         "fold": run.fold,
         "seed": run.seed,
-        "configs": list(run.configs),
-        "overrides": dict(run.overrides),
+        **run.settings,
         "seconds": round(seconds, 1),
         "summary": json.loads((folder / "evaluation" / "summary.json").read_text()),
         "cases": cases,

@@ -37,7 +37,7 @@ def layout_cases(dataset_dir: str | os.PathLike, layout: str, labelled: bool = T
     Args:
         dataset_dir: the folder, or one above it.
         layout: one of ``LAYOUTS``.
-        labelled: the cases with a label; else those to segment: without one, or, where all have one, every case.
+        labelled: the cases to train on, with a label; else the test cases: those without one, and ACDC's ``testing``.
 
     Returns:
         Dicts with the absolute paths "image" (a string or a list of strings) and, where there is one, "label", the
@@ -54,15 +54,14 @@ def layout_cases(dataset_dir: str | os.PathLike, layout: str, labelled: bool = T
     if not folder.is_dir():
         raise FileNotFoundError(f"The data set folder {folder} does not exist; {expected}")
     cases = sorted(read(folder), key=lambda item: item["case"])
-    with_label = [item for item in cases if "label" in item]
-    chosen = with_label if labelled else [item for item in cases if "label" not in item] or cases
+    chosen = [item for item in cases if ("label" in item and not item["test"]) == labelled]
     if not chosen:
-        raise FileNotFoundError(f"{folder} holds no case{' with a label' if labelled else ''}; {expected}")
+        raise FileNotFoundError(f"{folder} holds no case {'with a label' if labelled else 'to test on'}; {expected}")
     names = [item["case"] for item in chosen]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise ValueError(f"{folder} holds the case {twice} more than once: give --dataset_dir the folder of one copy.")
-    return chosen
+    return [{key: value for key, value in item.items() if key != "test"} for item in chosen]
 
 
 def _brats21(folder: Path) -> list[dict]:
@@ -73,7 +72,8 @@ def _brats21(folder: Path) -> list[dict]:
         missing = [kind for kind in _BRATS21_CHANNELS if files[kind] is None]
         if missing:
             raise FileNotFoundError(f"{flair.parent} lacks {name}_{missing[0]}.nii.gz.")
-        item = {"image": [str(files[kind]) for kind in _BRATS21_CHANNELS], "case": name, "group": name}
+        image = [str(files[kind]) for kind in _BRATS21_CHANNELS]
+        item: dict = {"image": image, "case": name, "group": name, "test": False}
         cases.append(item | ({"label": str(files["seg"])} if files["seg"] else {}))
     return cases
 
@@ -85,7 +85,7 @@ def _btcv(folder: Path) -> list[dict]:
         label = _beside(image.parent.parent / "label" / image.name, name.replace("img", "label"))
         if label is None and image.parent.parent.name == "Training":
             raise FileNotFoundError(f"{image} has no label beside it, in {image.parent.parent / 'label'}.")
-        item = {"image": str(image), "case": name, "group": name}
+        item: dict = {"image": str(image), "case": name, "group": name, "test": False}
         cases.append(item | ({"label": str(label)} if label else {}))
     return cases
 
@@ -95,7 +95,8 @@ def _acdc(folder: Path) -> list[dict]:
     for image in _find(folder, r"patient\d+_frame\d+"):
         name = _stem(image)
         label = _beside(image, f"{name}_gt")
-        item = {"image": str(image), "case": name, "group": name.split("_")[0]}
+        group, test = name.split("_")[0], "testing" in image.relative_to(folder).parts
+        item: dict = {"image": str(image), "case": name, "group": group, "test": test}
         cases.append(item | ({"label": str(label)} if label else {}))
     return cases
 

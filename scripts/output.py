@@ -13,13 +13,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-__all__ = ["new_figure", "save_figure", "write_text"]
+__all__ = ["new_figure", "save_figure", "whole_file", "write_text"]
 
 
 def new_figure(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:
@@ -44,9 +46,8 @@ def save_figure(figure: Figure, path: str | os.PathLike) -> None:
         figure: what to write, at its own resolution and in its own colours.
         path: where it goes; missing folders are made.
     """
-    unfinished = _unfinished(path)
-    figure.savefig(unfinished, format="png", facecolor=figure.get_facecolor())
-    os.replace(unfinished, path)
+    with whole_file(path) as unfinished:
+        figure.savefig(unfinished, format="png", facecolor=figure.get_facecolor())
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -57,12 +58,21 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         path: where it goes; missing folders are made.
         text: what to write, in UTF-8.
     """
-    unfinished = _unfinished(path)
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
-def _unfinished(path: str | os.PathLike) -> Path:
+@contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """
+    Args:
+        path: where a file goes; missing folders are made.
+
+    Yields:
+        where to write it; moved to its place at the end, unless something was raised.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(path.name + ".part")
+    unfinished = path.with_name(path.name + ".part")
+    yield unfinished
+    os.replace(unfinished, path)

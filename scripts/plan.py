@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 from monai.apps.auto3dseg import DataAnalyzer
 
+from scripts.benchmark.measuring import free_gb
+from scripts.benchmark.memory import WIDTHS, step_bytes
 from scripts.datalist import check_dataset, dataset_channels, dataset_classes, load_datalist
 from scripts.output import write_text
 
@@ -32,7 +34,8 @@ _MEMORY = Path(__file__).parents[1] / "docs" / "benchmarks" / "memory.json"
 _STEPS = 25000  # of the paper's trainings on BTCV and Spleen
 _COARSE = 1.5  # an axis this much coarser than the finest keeps its resolution at the stem
 _LEAST = 16  # voxels an axis of a patch
-_MULTIPLE = 8  # voxels; SegResMamba needs none, but its convolutions then see no padding on the way down
+_MULTIPLE = 8  # voxels; SegResMamba needs none, but odd sizes on the way down are padded
+_USUAL = 96**3  # voxels of a patch as the paper's
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Statistics:
         spacing: voxel sizes in mm of each case, shape (cases, 3).
         shape: voxels of each case, shape (cases, 3).
         cropped_shape: voxels of the box around its intensities above 0, shape (cases, 3).
-        intensity: mean over the cases of the 0.5 and the 99.5 percentile of the foreground's intensities, by channel.
+        intensity: mean over the cases with foreground of the 0.5 and the 99.5 percentile of its intensities, by
+            channel.
     """
 
     class_names: Sequence[str]
@@ -86,7 +90,8 @@ def analyze(dataset_dir: str | os.PathLike) -> Statistics:
 
     Raises:
         FileNotFoundError: When the folder or a file does not exist.
-        ValueError: When dataset.json is malformed, an image does not fit its label, or a label has unknown values.
+        ValueError: When dataset.json is malformed, an image does not fit its label, a label has unknown values, or
+            ``DataAnalyzer`` cannot make sense of a case.
     """
     cases = load_datalist(dataset_dir, "all")
     classes = dataset_classes(dataset_dir)
@@ -95,10 +100,14 @@ def analyze(dataset_dir: str | os.PathLike) -> Statistics:
         {"training": cases}, "", output_path="", do_ccp=False, device="cpu", worker=0, label_key="label"
     )
     found = analyzer.get_all_case_stats()
+    if len(found["stats_by_cases"]) < len(cases):
+        missed = len(cases) - len(found["stats_by_cases"])
+        raise ValueError(f"{dataset_dir}: MONAI's DataAnalyzer could not process {missed} cases; its log names them.")
     images = [case["image_stats"] for case in found["stats_by_cases"]]
-    content = json.loads((Path(dataset_dir) / "dataset.json").read_text(encoding="utf-8"))
+    content = json.loads((Path(dataset_dir).expanduser() / "dataset.json").read_text(encoding="utf-8"))
     modality = content.get("modality", content.get("channel_names"))
-    foreground = [case["image_foreground_stats"]["intensity"] for case in found["stats_by_cases"]]
+    labelled = [case for case in found["stats_by_cases"] if len(case["label_stats"]["labels"]) > 1]  # not all 0
+    foreground = [case["image_foreground_stats"]["intensity"] for case in labelled or found["stats_by_cases"]]
     return Statistics(
         class_names=list(classes.values()),
         channels=[str(name) for name in (modality.values() if isinstance(modality, dict) else modality)],
@@ -130,34 +139,38 @@ def task_overlay(found: Statistics, dataset_dir: str | os.PathLike, memory_gb: f
         a task overlay in YAML, with a comment on each choice.
 
     Raises:
-        ValueError: When not even the smallest patch fits into the memory.
+        ValueError: When there are fewer than two cases, or not even the smallest patch fits into the memory.
     """
+    if found.cases < 2:
+        raise ValueError(f"{dataset_dir} has one labelled case: a training needs another to validate on.")
     spacing = _spacing(found.spacing)
     shape = found.cropped_shape if found.is_zero_outside else found.shape
     median = np.round(np.median(shape * found.spacing, axis=0) / spacing)
     finest = spacing.min()
     stem = [1 if step >= _COARSE * finest else 2 for step in spacing]
-    width, patch, batch, need = _patch(median, spacing, stem, found.cases, memory_gb)
-    overrides = _memory_model()[width]["overrides"]
-    steps = math.ceil(max(1, found.cases * 4 // 5) / batch)  # an epoch with one fold of five held out
+    num_folds = min(5, found.cases)
+    width, patch, batch, need = _patch(median, spacing, stem, found, memory_gb)
+    steps = math.ceil(found.cases * (num_folds - 1) // num_folds / batch)  # an epoch with one fold held out
     epochs = math.ceil(_STEPS / steps)
     interval = max(1, epochs // 50)
     lines = [
         f"# Planned by scripts.plan from {found.cases} cases for {memory_gb:g} GB. Each choice may be changed.",
-        f"dataset_dir: {json.dumps(str(Path(dataset_dir).resolve()))}",
+        f"dataset_dir: {json.dumps(str(Path(dataset_dir).expanduser().resolve()))}",
+        f"num_folds: {num_folds}",
         f"class_names: {json.dumps(list(found.class_names))}  # of dataset.json, here for images without one",
         f"in_channels: {len(found.channels)}  # {', '.join(found.channels)}",
         *_intensity_lines(found),
         f"spacing: {_list(spacing)}  # mm, {_spacing_reason(found.spacing)}",
         f"stem_stride: {stem}  # {_stem_reason(stem)}",
-        f"# SegResMamba's {width} width: full where a patch of half the median image still fits, else compact.",
-        *(f"{key}: {json.dumps(value)}" for key, value in overrides.items()),
+        *_rotation_lines(stem),
+        f"# SegResMamba's {width} width: full where it leaves room for half the median image or 96 x 96 x 96 voxels.",
+        *(f"{key}: {json.dumps(value)}" for key, value in WIDTHS[width].items()),
         f"patch_size: {patch}  # voxels; the median image{_cropped(found)} has {_list(median)} at this spacing",
         f"batch_size: {batch}  # a step takes about {need:.1f} GB by docs/benchmarks/memory.json (float32, CPU)",
-        f"max_epochs: {epochs}  # {_STEPS:,} steps with one fold of five held out, as many as the paper's on BTCV",
+        f"max_epochs: {epochs}  # {_STEPS:,} steps with one fold held out, as many as the paper's on BTCV",
         f"val_interval: {interval}  # epochs, some 50 validations",
         f"save_interval: {interval}",
-        f"cache_rate: {_cache_rate(found, spacing)}  # share of the images that half of this machine's memory holds",
+        f"cache_rate: {_cache_rate(found, spacing)}  # share of the images that half of the memory now free here holds",
     ]
     return "\n".join(lines) + "\n"
 
@@ -189,17 +202,17 @@ def _memory_model() -> dict[str, dict[str, Any]]:
     return json.loads(_MEMORY.read_text(encoding="utf-8"))["widths"]
 
 
-def _need_gb(width: str, voxels: float, stem: Sequence[int]) -> float:
+def _need_gb(width: str, voxels: float, stem: Sequence[int], classes: int) -> float:
     """Memory of a training step; the body of the network sees twice the voxels for each axis its stem leaves alone."""
-    line = _memory_model()[width]
-    return (line["fixed_mib"] * 2**20 + line["bytes_per_voxel"] * voxels * math.prod(2 // s for s in stem)) / 1e9
+    return step_bytes(_memory_model()[width], voxels * math.prod(2 // s for s in stem), classes) / 1e9
 
 
 def _spacing(spacing: np.ndarray) -> np.ndarray:
-    """The median; along an axis that is three times coarser than the finest the 10th percentile, as nnU-Net does."""
+    """The median; for an axis three times coarser than the finest the 10th percentile, if still coarser (nnU-Net)."""
     chosen = np.median(spacing, axis=0)
-    coarse = chosen >= 3 * chosen.min()
-    chosen[coarse] = np.percentile(spacing, 10, axis=0)[coarse]
+    for axis in np.flatnonzero(chosen >= 3 * chosen.min()):
+        others = np.delete(chosen, axis).max()
+        chosen[axis] = max(np.percentile(spacing[:, axis], 10), min(others, chosen[axis]))
     return np.array([float(f"{step:.3g}") for step in chosen])
 
 
@@ -216,31 +229,39 @@ def _stem_reason(stem: Sequence[int]) -> str:
     return "spacing is much alike along the axes"
 
 
+def _rotation_lines(stem: Sequence[int]) -> list[str]:
+    """Thick slices are turned within themselves alone: turned otherwise, most of a flat patch would leave the image."""
+    if stem.count(1) != 1:
+        return []
+    return [f"rotate_axes: [{stem.index(1)}]  # random rotations stay within the slices"]
+
+
 def _patch(
-    median: np.ndarray, spacing: np.ndarray, stem: Sequence[int], cases: int, memory_gb: float
+    median: np.ndarray, spacing: np.ndarray, stem: Sequence[int], found: Statistics, memory_gb: float
 ) -> tuple[str, list[int], int, float]:
     """Width, patch, batch and memory of a step: the patch first, then the batch."""
     whole = [max(_LEAST, _MULTIPLE * math.ceil(size / _MULTIPLE)) for size in median]
 
+    def need(width: str, patch: Sequence[int], batch: int = 1) -> float:
+        return _need_gb(width, batch * math.prod(patch), stem, len(found.class_names))
+
     def shrink(width: str) -> list[int]:
         patch = list(whole)
-        while _need_gb(width, math.prod(patch), stem) > memory_gb and max(patch) > _LEAST:
+        while need(width, patch) > memory_gb and max(patch) > _LEAST:
             extent = [size * step if size > _LEAST else 0.0 for size, step in zip(patch, spacing)]
             patch[int(np.argmax(extent))] -= _MULTIPLE  # the axis that reaches furthest, in mm
         return patch
 
-    width = "full"
-    patch = shrink(width)
-    if math.prod(patch) < math.prod(whole) / 2 or _need_gb(width, math.prod(patch), stem) > memory_gb:
-        width = "compact"
-        patch = shrink(width)
-    if _need_gb(width, math.prod(patch), stem) > memory_gb:
-        least = _need_gb(width, _LEAST**3, stem)
+    width, patch = "full", shrink("full")
+    if math.prod(patch) < min(math.prod(whole) / 2, _USUAL) or need(width, patch) > memory_gb:
+        width, patch = "compact", shrink("compact")
+    if need(width, patch) > memory_gb:
+        least = need(width, patch)
         raise ValueError(f"memory_gb={memory_gb:g} is too little: the smallest patch takes {least:.1f} GB.")
     batch = 1
-    while batch < min(4, cases) and _need_gb(width, (batch + 1) * math.prod(patch), stem) <= memory_gb:
+    while batch < min(4, found.cases) and need(width, patch, batch + 1) <= memory_gb:
         batch += 1
-    return width, patch, batch, _need_gb(width, batch * math.prod(patch), stem)
+    return width, patch, batch, need(width, patch, batch)
 
 
 def _intensity_lines(found: Statistics) -> list[str]:
@@ -279,8 +300,7 @@ def _intensity_lines(found: Statistics) -> list[str]:
 def _cache_rate(found: Statistics, spacing: np.ndarray) -> float:
     """Images and labels in float32, as ``CacheDataset`` keeps them."""
     voxels = float((found.shape * found.spacing / spacing).prod(1).sum())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8e9
-    return min(1.0, math.floor(100 * memory / 2 / (4 * (len(found.channels) + 1) * voxels)) / 100)
+    return min(1.0, math.floor(100 * (free_gb() or 8.0) * 1e9 / 2 / (4 * (len(found.channels) + 1) * voxels)) / 100)
 
 
 def _cropped(found: Statistics) -> str:

@@ -18,10 +18,12 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from monai.utils import ensure_tuple
 from scipy.stats import wilcoxon
 
 from scripts.evaluation import statistics
@@ -36,7 +38,7 @@ METRICS = {
     "val_mean_dice": "Dice",
     "val_hd95": "95 % Hausdorff distance, mm",
     "val_surface_dice": "Surface Dice",
-    "val_volume_error": "Volume error, ml",
+    "val_volume_error": "Volume error without its sign, ml",
 }
 
 
@@ -45,8 +47,8 @@ def read_evaluations(path: str | os.PathLike) -> dict[str, Cases]:
     The values of each case out of what evaluations have written.
 
     Args:
-        path: an evaluation's folder, or one that holds those of several folds, whose cases are put together (cases in
-            several are averaged); or a folder of :py:mod:`scripts.experiments`' results, of which each arm is one.
+        path: an evaluation's folder, or a folder of :py:mod:`scripts.experiments`' results, of which each arm is one
+            (cases with several seeds are averaged), or that of :py:mod:`scripts.cross_validation`.
 
     Returns:
         by name (of the folder or the arm) the values.
@@ -55,14 +57,15 @@ def read_evaluations(path: str | os.PathLike) -> dict[str, Cases]:
         ValueError: When there is no evaluation in the folder.
     """
     folder = Path(path)
+    crossed = (folder / "results").is_dir()
     found: dict[str, Any] = defaultdict(lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(list))))
-    for file in sorted(folder.glob("*.json")):
-        content = json.loads(file.read_text())
-        for case, metrics in content.get("cases", {}).items() if "arm" in content else ():
+    for run in _runs(folder / "results" if crossed else folder):
+        name = folder.resolve().name if crossed else run["arm"]
+        for case, metrics in run["cases"].items():
             for metric, values in metrics.items():
                 for label, value in values.items():
-                    found[content["arm"]][metric][case][label].append(value)
-    for file in [] if found else sorted(folder.rglob("*_raw.csv")):
+                    found[name][metric][case][label].append(value)
+    for file in [] if found else sorted(folder.glob("*_raw.csv")):
         metric = file.name.removesuffix("_raw.csv")
         with open(file, newline="", encoding="utf-8") as table:
             for row in csv.DictReader(table):
@@ -113,7 +116,7 @@ class Comparison:
         reference: name of the one to compare the others with.
 
     Raises:
-        ValueError: When there is no such evaluation, or they have no case in common.
+        ValueError: When there is no such evaluation, or they have no case or metric in common, or other classes.
     """
 
     def __init__(self, evaluations: Mapping[str, Cases], reference: str) -> None:
@@ -128,8 +131,14 @@ class Comparison:
         self.left_out = len(set.union(*per_evaluation)) - len(self.cases)
         first = next(iter(evaluations.values()))
         self.metrics = [metric for metric in first if all(metric in e for e in evaluations.values())]
+        if not self.metrics:
+            raise ValueError(f"{', '.join(evaluations)} have no metric in common.")
         self.metrics.sort(key=lambda metric: (list(METRICS).index(metric) if metric in METRICS else 99, metric))
         self.labels = list(first[self.metrics[0]][self.cases[0]])
+        for name, evaluation in evaluations.items():
+            labels = list(evaluation[self.metrics[0]][self.cases[0]])
+            if labels != self.labels:
+                raise ValueError(f"{name} has other classes, {', '.join(labels)}, than {', '.join(self.labels)}.")
         self._values = evaluations
 
     def values(self, name: str, metric: str, label: str = "mean") -> np.ndarray:
@@ -140,10 +149,18 @@ class Comparison:
             label: a class, or "mean".
 
         Returns:
-            the values of the common cases, in the order of ``cases``.
+            the values of the common cases, in the order of ``cases``; volume errors without their sign, since those
+            of opposite signs would cancel out.
         """
-        return np.array([self._values[name][metric][case][label] for case in self.cases])
+        values = self._values[name][metric]
+        if metric != "val_volume_error":
+            return np.array([values[case][label] for case in self.cases])
+        if label != "mean":
+            return np.abs([values[case][label] for case in self.cases])
+        classes = [label for label in self.labels if label != "mean"]
+        return np.abs([[values[case][label] for label in classes] for case in self.cases]).mean(1)
 
+    @cached_property
     def rows(self) -> list[dict[str, Any]]:
         """
         Returns:
@@ -173,7 +190,7 @@ class Comparison:
             a table for each metric.
         """
         text = ""
-        rows = self.rows()
+        rows = self.rows
         for metric in self.metrics:
             mine = [row for row in rows if row["metric"] == metric]
             classes = [label for label in self.labels if label != "mean"]
@@ -216,7 +233,7 @@ def report(
     Args:
         results: folders, see :py:func:`read_evaluations`.
         output_dir: where to write.
-        names: of the evaluations, in place of the folders'.
+        names: of the evaluations, in place of the folders' (or arms').
         reference: the one that the others are compared with; the first where nothing is given.
         arms: of the runner's results, these alone and in this order.
 
@@ -224,9 +241,10 @@ def report(
         ValueError: When there is nothing to compare, two are called the same, or ``reference`` is none of them.
     """
     found: dict[str, Cases] = {}
+    own_names, arms = list(ensure_tuple(names)), ensure_tuple(arms)
     for folder in results:
         for name, cases in read_evaluations(folder).items():
-            name = names[len(found)] if len(found) < len(names) else name
+            name = own_names.pop(0) if own_names else name
             if name in found:
                 raise ValueError(f"{folder}: there is another evaluation called {name}: tell them apart with --names.")
             found[name] = cases
@@ -239,14 +257,15 @@ def report(
         raise ValueError("give the folders of the evaluations to compare.")
     comparison = Comparison(found, reference or next(iter(found)))
     output = Path(output_dir)
-    write_text(output / "comparison.md", comparison.markdown())
-    write_text(output / "comparison.csv", _csv(comparison.rows()))
+    table = comparison.markdown()
+    write_text(output / "comparison.md", table)
+    write_text(output / "comparison.csv", _csv(comparison.rows))
     save_figure(comparison.box_plots(), output / "comparison.png")
-    runs = _runs(results, list(found))
-    if runs:
+    runs = {arm: [run for folder in results for run in _runs(folder) if run["arm"] == arm] for arm in found}
+    if all(runs.values()):
         write_text(output / "runs.md", _runs_table(runs))
         save_figure(_draw_curves(runs), output / "learning_curves.png")
-    print(comparison.markdown())
+    print(table)
     if comparison.left_out:
         print(f"{comparison.left_out} cases that not all have were left out.")
     print(f"Written to {output}.")
@@ -276,12 +295,10 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _runs(results: Sequence[str], arms: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """What the runner has written, by arm."""
-    files = sorted(file for folder in results for file in Path(folder).glob("*.json"))
-    contents = [json.loads(file.read_text()) for file in files]
-    found = {arm: [content for content in contents if content.get("arm") == arm] for arm in arms}
-    return {arm: runs for arm, runs in found.items() if runs}
+def _runs(folder: str | os.PathLike) -> list[dict[str, Any]]:
+    """What the runner has written to a folder, one for each run."""
+    contents = [json.loads(file.read_text()) for file in sorted(Path(folder).glob("*.json"))]
+    return [content for content in contents if "arm" in content]
 
 
 def _runs_table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

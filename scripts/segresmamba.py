@@ -247,6 +247,8 @@ class SegResMamba(nn.Module):
         full_resolution_skip: channels of a path at the input's own resolution that is added to the decoder's output
             and takes the place of the transposed convolution in the head; 0 (the paper's network) for none. Meant
             for small structures.
+        deep_supervision: in training, also return the logits of the decoder's levels, at their own sizes; not in the
+            paper.
         scan_engine: name of a scan engine or ``"auto"``, see :py:func:`scripts.selective_scan.selective_scan`.
         use_checkpoint: activation checkpointing of the mixed blocks: less training memory, more time.
 
@@ -280,6 +282,7 @@ class SegResMamba(nn.Module):
         expand: int = 2,
         stem_stride: int | Sequence[int] = 2,
         full_resolution_skip: int = 0,
+        deep_supervision: bool = False,
         scan_engine: str = "auto",
         use_checkpoint: bool = False,
     ) -> None:
@@ -302,6 +305,7 @@ class SegResMamba(nn.Module):
             raise ValueError(f"stem_stride must be 1 or 2 along each axis, got {stride}.")
         self.in_channels = in_channels
         self.use_checkpoint = use_checkpoint
+        self.deep_supervision = deep_supervision
         tom = None
         if use_tom:
             tom = dict(orders=orders, d_state=d_state, d_conv=d_conv, expand=expand, residual=residual)
@@ -326,14 +330,16 @@ class SegResMamba(nn.Module):
         else:
             self.full_resolution = None
             self.head = nn.ConvTranspose3d(channels[0], out_channels, stride, stride=stride)
+        self.level_heads = nn.ModuleList(nn.Conv3d(c, out_channels, 1) for c in channels[:-1] if deep_supervision)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         """
         Args:
             x: volume (B, in_channels, D, H, W), any D, H, W >= 8.
 
         Returns:
-            logits (B, out_channels, D, H, W).
+            logits (B, out_channels, D, H, W); in training with ``deep_supervision`` a list of them, from the full size
+            to the smallest.
         """
         if x.ndim != 5 or x.shape[1] != self.in_channels or min(x.shape[2:]) < self.MIN_SIZE:
             raise ValueError(
@@ -350,8 +356,13 @@ class SegResMamba(nn.Module):
                 y = _run(block, y)
             skips.append(_run(skip, y))
         y = skips.pop()
+        levels: list[torch.Tensor] = []
         for up_stage in self.up_stages:
             y = _run(up_stage, y, skips.pop())
+            levels.insert(0, y)
         if self.full_resolution is not None:
             y = self.up(y, self.full_resolution(x))
-        return _crop(self.head(y), x.shape[2:])
+        logits = _crop(self.head(y), x.shape[2:])
+        if self.deep_supervision and self.training:
+            return [logits, *(_run(head, level) for head, level in zip(self.level_heads, levels))]
+        return logits

@@ -38,17 +38,7 @@ def check_weights(
         FileNotFoundError: When the file does not exist.
         ValueError: When it holds no weights, those of another network, or is not the file of large_files.yml.
     """
-    listed = _listed(checkpoint, large_files)
-    if listed is not None and not os.path.isfile(checkpoint):
-        raise FileNotFoundError(
-            f"There are no weights at {checkpoint}: fetch them from {listed['url']} with "
-            f'python -m monai.bundle download_large_files --bundle_path "{Path(str(large_files)).parent}"'
-        )
-    if listed is not None and not check_hash(checkpoint, listed["hash_val"], listed.get("hash_type", "md5")):
-        raise ValueError(
-            f"{checkpoint} is not the file that {large_files} describes (its hash differs): it is damaged or another "
-            "one. Remove it and fetch it again, or give --checkpoint weights of your own."
-        )
+    _check_large_file(checkpoint, large_files)
     then = {name: tuple(value.shape) for name, value in read_weights(checkpoint, "--ckpt_dir or --checkpoint").items()}
     now = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     for name in sorted(now.keys() | then.keys()):
@@ -60,16 +50,28 @@ def check_weights(
             )
 
 
-def _listed(checkpoint: str | os.PathLike, large_files: str | os.PathLike | None) -> dict[str, str] | None:
-    """The entry of large_files.yml for a file."""
+def _check_large_file(checkpoint: str | os.PathLike, large_files: str | os.PathLike | None) -> None:
+    """A file that stands in large_files.yml must be there and have its hash."""
     if large_files is None or not os.path.isfile(large_files):
-        return None
+        return
+    folder, place = Path(large_files).parent, Path(checkpoint).resolve()
     entries = ConfigParser.load_config_file(large_files).get("large_files") or []
-    place = Path(checkpoint).resolve()
-    return next((entry for entry in entries if (Path(large_files).parent / entry["path"]).resolve() == place), None)
+    listed = next((entry for entry in entries if (folder / entry["path"]).resolve() == place), None)
+    if listed is not None and not os.path.isfile(checkpoint):
+        raise FileNotFoundError(
+            f"There are no weights at {checkpoint}: fetch them from {listed['url']} with "
+            f'python -m monai.bundle download_large_files --bundle_path "{folder}"'
+        )
+    if listed is not None and not check_hash(checkpoint, listed["hash_val"], listed["hash_type"]):
+        raise ValueError(
+            f"{checkpoint} is not the file that {large_files} describes (its hash differs): it is damaged or another "
+            "one. Remove it and fetch it again, or give --checkpoint weights of your own."
+        )
 
 
-def load_pretrained(checkpoint: str | os.PathLike, network: torch.nn.Module) -> None:
+def load_pretrained(
+    checkpoint: str | os.PathLike, network: torch.nn.Module, large_files: str | os.PathLike | None = None
+) -> None:
     """
     Fine-tuning: start from another training's weights, also where the number of classes or channels differs. What fits
     is loaded; what the network starts from scratch with, and what of the file is left, is logged.
@@ -77,11 +79,13 @@ def load_pretrained(checkpoint: str | os.PathLike, network: torch.nn.Module) -> 
     Args:
         checkpoint: file with a state dict, or with one under "model".
         network: changed in place.
+        large_files: see :py:func:`check_weights`.
 
     Raises:
         FileNotFoundError: When the file does not exist.
-        ValueError: When it holds no weights, or none that fits.
+        ValueError: When it holds no weights, none that fits, or is not the file of large_files.yml.
     """
+    _check_large_file(checkpoint, large_files)
     weights = read_weights(checkpoint, "--pretrained")
     _, loaded, fresh = copy_model_state(network, weights, inplace=True)
     if not loaded:

@@ -62,7 +62,7 @@ def _brats21(folder: Path) -> None:
         name = f"BraTS2021_{k:05}"
         case = folder / name
         for c, kind in enumerate(("flair", "t1", "t1ce", "t2")):
-            label = case / f"{name}_seg.nii.gz" if c == 0 and k < 4 else None
+            label = case / f"{name}_seg.nii.gz" if c == 0 else None
             _volume(case / f"{name}_{kind}.nii.gz", 10 * k + c, [2, 1, 4], (24, 24, 16), (1, 1, 1), label=label)
 
 

@@ -67,3 +67,6 @@ def test_cross_validation_goes_on_where_it_stopped(phantom_dir, tmp_path, run_bu
     assert again.returncode == 0 and again.stdout.count("done before") == 2
     assert last.stat().st_mtime_ns == written
     assert json.loads((tmp_path / "cv" / "summary.json").read_text()) == summary
+    for other, message in (("--seed", "of another cross-validation"), ("--weight_decay", "with other settings")):
+        refused = subprocess.run([*command, other, "1"], cwd=BUNDLE_ROOT, capture_output=True, text=True)
+        assert refused.returncode and message in refused.stderr, refused.stderr[-2000:]

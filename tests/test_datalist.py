@@ -396,3 +396,14 @@ def test_a_case_listed_twice_is_refused(dataset):
     rewrite_json(dataset, training=[*training, training[2]])
     with pytest.raises(ValueError, match="case2.*more than once"):
         load_datalist(dataset, "training", num_folds=3)
+
+
+def test_two_files_of_one_name_are_refused(dataset):
+    """Results, label maps and pictures are named after the image."""
+    training = json.loads((dataset / "dataset.json").read_text())["training"]
+    for number in "ab":
+        (dataset / number).mkdir()
+        training.append({"image": f"./{number}/image.nii.gz", "label": training[0]["label"]})
+    rewrite_json(dataset, training=training)
+    with pytest.raises(ValueError, match="two files called image.nii.gz under 'training'"):
+        load_datalist(dataset, "training", num_folds=3)

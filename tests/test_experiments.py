@@ -81,6 +81,10 @@ def test_runs_are_done_once_and_go_on_where_they_stopped(phantom_dir, tmp_path):
     assert checkpoint.stat().st_mtime_ns == trained  # evaluated again, not trained again
     assert all((folders["results"] / name).stat().st_mtime_ns == time for name, time in before.items())
 
+    plan.write_text(json.dumps({**PLAN, "folds": [2], "overrides": {**PLAN["overrides"], "learning_rate": 0.1}}))
+    with pytest.raises(ValueError, match="plain-fold2-seed0.json is of a run with other settings"):
+        experiments(str(plan), str(phantom_dir), *(str(folder) for folder in folders.values()))
+
 
 def test_a_failing_run_says_why(plan, tmp_path):
     with pytest.raises(ChildProcessError, match="training of plain-fold0-seed0 failed.*(\n.*)*does not exist"):

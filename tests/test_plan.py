@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import yaml
 
+from scripts.benchmark.memory import WIDTHS, step_bytes
 from scripts.phantom import write_phantoms
 from scripts.plan import Statistics, analyze, plan, task_overlay
 from tests.conftest import BUNDLE_ROOT
@@ -50,6 +51,13 @@ def statistics(**changes) -> Statistics:
     return replace(found, **changes)
 
 
+def step_gb(found: dict, classes: int = 2) -> float:
+    """What the model of the memory says of a planned step."""
+    (name,) = (name for name, width in WIDTHS.items() if width["channels"] == found["channels"])
+    voxels = found["batch_size"] * np.prod(found["patch_size"]) * 2 ** found["stem_stride"].count(1)
+    return step_bytes(MEMORY["widths"][name], voxels, classes) / 1e9
+
+
 def planned(memory_gb: float = 8.0, **changes) -> dict:
     return yaml.safe_load(task_overlay(statistics(**changes), "data", memory_gb))
 
@@ -66,16 +74,27 @@ def test_statistics_are_those_of_the_images(phantoms):
     assert found.intensity[0] == pytest.approx(expected, abs=5)
 
 
+def test_cases_without_foreground_do_not_move_the_window(phantoms, tmp_path):
+    shutil.copytree(phantoms, tmp_path / "data")
+    label = sorted((tmp_path / "data" / "labelsTr").iterdir())[0]
+    volume = nib.load(label)
+    nib.save(nib.Nifti1Image(np.zeros(volume.shape, np.uint8), volume.affine), label)
+    low, high = analyze(tmp_path / "data").intensity[0]
+    expected = analyze(phantoms).intensity[0]
+    assert (low, high) == pytest.approx(expected, abs=0.2 * (expected[1] - expected[0]))
+    assert abs(low) > 1  # the empty one would pull both to 0
+
+
 def test_training_with_the_plan_needs_no_edit(phantoms, tmp_path, run_bundle):
     overlay = tmp_path / "mine.yaml"
     command = [sys.executable, "-m", "scripts.plan", "--dataset_dir", str(phantoms), "--output", str(overlay)]
     result = subprocess.run([*command, "--memory_gb", "0.7"], cwd=BUNDLE_ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     content = yaml.safe_load(overlay.read_text())
-    assert content["channels"] == MEMORY["widths"]["compact"]["overrides"]["channels"]
+    assert content["channels"] == WIDTHS["compact"]["channels"] and content["num_folds"] == 4
     assert all("#" in line for line in overlay.read_text().splitlines() if line.startswith(("patch", "spac", "batch")))
     places = {"ckpt_dir": tmp_path / "models", "output_dir": tmp_path / "out"}
-    run = run_bundle(["train", str(overlay)], **places, max_epochs=1, num_folds=2, pictures=False, device="cpu")
+    run = run_bundle(["train", str(overlay)], **places, max_epochs=1, pictures=False, device="cpu")
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     result = run_bundle(["inference", str(overlay)], **places, pictures=False, device="cpu")
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
@@ -101,17 +120,23 @@ def test_anisotropic_spacing():
     assert found["spacing"] == pytest.approx([0.8, 0.8, 3.0]) and found["stem_stride"] == [2, 2, 1]
     patch = np.array(found["patch_size"])
     assert patch[2] * 3.0 == pytest.approx(patch[0] * 0.8, rel=0.7)  # no flat patch
+    assert found["rotate_axes"] == [2] and "rotate_axes" not in planned()
     assert planned()["stem_stride"] == [2, 2, 2]
+    spacing[:4, 2] = 0.5  # some volumes of thin slices: the others are not blown up below the spacing in the slices
+    thin = planned(spacing=spacing, shape=np.tile([400, 400, 40], (20, 1)))
+    assert thin["spacing"] == pytest.approx([0.8, 0.8, 0.8]) and thin["stem_stride"] == [2, 2, 2]
     assert planned(spacing=np.tile([1.0, 2.0, 1.0], (20, 1)))["stem_stride"] == [2, 1, 2]
 
 
 @pytest.mark.parametrize("gigabytes", [1, 2, 4, 8, 16, 48])
 def test_a_step_fits_into_the_memory(gigabytes):
-    found = planned(gigabytes)
-    (line,) = (w for w in MEMORY["widths"].values() if w["overrides"]["channels"] == found["channels"])
-    voxels = found["batch_size"] * np.prod(found["patch_size"])
-    assert line["fixed_mib"] * 2**20 + line["bytes_per_voxel"] * voxels <= gigabytes * 1e9
-    assert min(found["patch_size"]) >= 16 and all(size % 8 == 0 for size in found["patch_size"])
+    organs = ["background", *(f"organ {k}" for k in range(104))]
+    for changes in ({}, {"class_names": organs}, {"spacing": np.tile([1.0, 1.0, 4.0], (20, 1))}):
+        found = planned(gigabytes, **changes)
+        assert step_gb(found, len(changes.get("class_names", "ab"))) <= gigabytes
+        assert min(found["patch_size"]) >= 16 and all(size % 8 == 0 for size in found["patch_size"])
+    few, many = planned(gigabytes), planned(gigabytes, class_names=organs)
+    assert many["batch_size"] * np.prod(many["patch_size"]) < few["batch_size"] * np.prod(few["patch_size"])
 
 
 def test_more_memory_takes_more(phantoms):
@@ -119,24 +144,28 @@ def test_more_memory_takes_more(phantoms):
     voxels = [s["batch_size"] * np.prod(s["patch_size"]) * s["channels"][0] for s in sizes]
     assert voxels == sorted(voxels) and voxels[0] < voxels[2]
     assert sizes[0]["channels"][0] == 16 and sizes[2]["channels"][0] == 48
+    large = planned(48, shape=np.full((20, 3), 600))  # half the image does not fit, a usual patch does
+    assert large["channels"][0] == 48 and np.prod(large["patch_size"]) >= 96**3
 
 
 def test_the_measured_memory_is_within_the_model():
     for width in MEMORY["widths"].values():
         for point in width["points"]:
-            line = width["fixed_mib"] + width["bytes_per_voxel"] * point["side"] ** 3 / 2**20
-            assert point["mib"] <= line * 1.001
-            assert line <= 1.6 * point["mib"]
+            line = step_bytes(width, point["side"] ** 3, point["classes"]) / 2**20
+            assert point["mib"] <= line <= 1.6 * point["mib"]
+    assert set(MEMORY["widths"]) == set(WIDTHS)
 
 
 def test_small_images_and_few_cases():
     found = planned(cases=3, shape=np.full((3, 3), 20), spacing=np.ones((3, 3)))
-    assert found["patch_size"] == [24, 24, 24] and found["batch_size"] == 3
+    assert found["patch_size"] == [24, 24, 24] and found["batch_size"] == found["num_folds"] == 3
 
 
 def test_what_cannot_be_planned_is_one_clear_error(phantoms, tmp_path):
     with pytest.raises(ValueError, match="memory_gb=0.1 is too little: the smallest patch takes"):
         planned(0.1)
+    with pytest.raises(ValueError, match="one labelled case"):
+        planned(cases=1, shape=np.full((1, 3), 20), spacing=np.ones((1, 3)))
     with pytest.raises(ValueError, match="ends in .yaml"):
         plan(str(phantoms), str(tmp_path / "mine.json"))
     with pytest.raises(FileNotFoundError, match="does not exist"):

@@ -57,7 +57,7 @@ def test_a_comparison(evaluations):
     found = {}
     for name in "abc":
         found |= read_evaluations(folder / name)
-    rows = {(row["metric"], row["name"]): row for row in Comparison(found, "a").rows()}
+    rows = {(row["metric"], row["name"]): row for row in Comparison(found, "a").rows}
     assert len(rows) == 6
     worse, noisy = rows["val_mean_dice", "b"], rows["val_mean_dice", "c"]
     assert worse["difference"]["mean"] == pytest.approx(-0.05) and worse["p_holm"] < 0.001
@@ -69,9 +69,18 @@ def test_a_comparison(evaluations):
     assert "p" not in rows["val_hd95", "a"]
 
 
+def test_volume_errors_of_opposite_signs_do_not_cancel(tmp_path):
+    signs = np.where(np.arange(40).reshape(20, 2) % 3 == 0, 1.0, -1.0)
+    write(tmp_path / "wrong", "val_volume_error", CASES, 5.0 * signs)
+    write(tmp_path / "nearly", "val_volume_error", CASES, 0.1 * signs)
+    found = read_evaluations(tmp_path / "wrong") | read_evaluations(tmp_path / "nearly")
+    row = Comparison(found, "wrong").rows[1]
+    assert row["difference"]["mean"] == pytest.approx(-4.9) and row["p"] < 0.001
+
+
 def test_equal_evaluations_do_not_differ(evaluations):
     cases = read_evaluations(evaluations[0] / "a")["a"]
-    row = Comparison({"one": cases, "two": cases}, "one").rows()[1]
+    row = Comparison({"one": cases, "two": cases}, "one").rows[1]
     assert row["p"] == 1 and row["difference"]["mean"] == 0
 
 
@@ -90,10 +99,21 @@ def test_the_command(evaluations):
     assert min(imread(folder / "out" / "comparison.png").shape[:2]) > 400
 
 
-def test_folds_are_put_together_and_only_common_cases_count(tmp_path, evaluations, capsys):
+def result(folder, arm, fold, seed, cases, dice):
+    """A file as the runner writes it."""
+    content = {"arm": arm, "fold": fold, "seed": seed, "seconds": 120}
+    content["cases"] = {c: {"val_mean_dice": {"liver": d, "spleen": d, "mean": d}} for c, d in zip(cases, dice)}
+    content["curve"] = [{"epoch": "1", "val_mean_dice": ""}, {"epoch": "2", "val_mean_dice": str(dice[0])}]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{arm}-fold{fold}-seed{seed}.json").write_text(json.dumps(content))
+
+
+def test_a_cross_validation_is_read_and_only_common_cases_count(tmp_path, evaluations, capsys):
     folder, values = evaluations
     for fold, part in enumerate((slice(0, 10), slice(10, 18))):
-        write(tmp_path / "crossed" / f"fold{fold}", "val_mean_dice", CASES[part], values["b"][part])
+        result(tmp_path / "crossed" / "results", "cross_validation", fold, 0, CASES[part], values["b"][part, 0])
+    write(tmp_path / "crossed" / "test", "val_mean_dice", CASES, values["c"])  # the ensemble's, no part of it
+    assert list(read_evaluations(tmp_path / "crossed")) == ["crossed"]
     report(str(folder / "a"), str(tmp_path / "crossed"), output_dir=str(tmp_path / "out"))
     assert "**Dice**, 18 cases" in (tmp_path / "out" / "comparison.md").read_text()
     assert "2 cases that not all have were left out" in capsys.readouterr().out
@@ -102,10 +122,7 @@ def test_folds_are_put_together_and_only_common_cases_count(tmp_path, evaluation
 def test_results_of_the_runner(tmp_path):
     """Seeds are averaged case by case, and the learning curves are drawn."""
     for arm, seed, dice in (("base", 0, 0.8), ("base", 1, 0.9), ("other", 0, 0.7)):
-        cases = {case: {"val_mean_dice": {"liver": dice, "mean": dice}} for case in CASES}
-        curve = [{"epoch": "1", "val_mean_dice": ""}, {"epoch": "2", "val_mean_dice": str(dice)}]
-        result = {"arm": arm, "fold": 0, "seed": seed, "cases": cases, "curve": curve, "seconds": 120}
-        (tmp_path / f"{arm}-fold0-seed{seed}.json").write_text(json.dumps(result))
+        result(tmp_path, arm, 0, seed, CASES, [dice] * len(CASES))
     found = read_evaluations(tmp_path)
     assert found["base"]["val_mean_dice"][CASES[0]]["liver"] == pytest.approx(0.85)
     report(str(tmp_path), output_dir=str(tmp_path / "out"), arms=["other", "base"])
@@ -128,6 +145,15 @@ def test_what_cannot_be_compared_is_one_clear_error(tmp_path, evaluations):
         report(str(folder / "a"), str(folder / "a"), output_dir=out)
     with pytest.raises(ValueError, match="another evaluation called z"):
         report(str(folder / "a"), str(folder / "b"), output_dir=out, names=["z", "z"])
+    for name, metric in (("other_metric", "val_hd95"), ("one_metric", "val_mean_dice")):
+        write(tmp_path / name, metric, CASES, values["a"])
+    with pytest.raises(ValueError, match="no metric in common"):
+        report(str(tmp_path / "other_metric"), str(tmp_path / "one_metric"), output_dir=out)
+    result(tmp_path / "classes", "x", 0, 0, CASES, [0.5] * 20)
+    changed = (tmp_path / "classes" / "x-fold0-seed0.json").read_text().replace("spleen", "kidney")
+    (tmp_path / "classes" / "x-fold0-seed0.json").write_text(changed)
+    with pytest.raises(ValueError, match="x has other classes, liver, kidney, mean, than liver, spleen, mean"):
+        report(str(tmp_path / "one_metric"), str(tmp_path / "classes"), output_dir=out)
     with pytest.raises(ValueError, match="nothing.*there is no evaluation in it"):
         (tmp_path / "nothing").mkdir()
         report(str(tmp_path / "nothing"), output_dir=out)

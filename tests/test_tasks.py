@@ -41,14 +41,20 @@ def test_every_task_has_a_look_alike():
 # --- layouts ----------------------------------------------------------------------------------------------------------
 
 
-def test_brats21(trees):
+def test_brats21(trees, tmp_path):
     cases = layout_cases(trees["brats21"], "brats21")
-    assert [case["case"] for case in cases] == [f"BraTS2021_{k:05}" for k in range(4)]
+    assert [case["case"] for case in cases] == [f"BraTS2021_{k:05}" for k in range(5)]
     kinds = [file.split("_")[-1] for file in cases[0]["image"]]
     assert kinds == ["flair.nii.gz", "t1.nii.gz", "t1ce.nii.gz", "t2.nii.gz"]
     assert cases[0]["label"].endswith("BraTS2021_00000/BraTS2021_00000_seg.nii.gz")
-    (unlabelled,) = layout_cases(trees["brats21"], "brats21", labelled=False)
+    with pytest.raises(FileNotFoundError, match="no case to test on"):  # as BraTS 2021's training set is handed out
+        load_datalist(trees["brats21"], "test", layout="brats21")
+    assert len(image_list(trees["brats21"], "brats21")) == 5  # inference then takes them all
+    shutil.copytree(trees["brats21"], tmp_path / "brats")
+    (tmp_path / "brats" / "BraTS2021_00004" / "BraTS2021_00004_seg.nii.gz").unlink()
+    (unlabelled,) = layout_cases(tmp_path / "brats", "brats21", labelled=False)
     assert unlabelled["case"] == "BraTS2021_00004" and "label" not in unlabelled
+    assert len(image_list(tmp_path / "brats", "brats21")) == 1
 
 
 def test_btcv(trees):
@@ -62,12 +68,14 @@ def test_btcv(trees):
 
 def test_acdc_keeps_the_frames_of_a_patient_in_one_fold(trees):
     cases = layout_cases(trees["acdc"], "acdc")
-    assert [case["case"] for case in cases[:2]] == ["patient001_frame01", "patient001_frame12"] and len(cases) == 8
-    for fold in range(4):
+    assert [case["case"] for case in cases[:2]] == ["patient001_frame01", "patient001_frame12"] and len(cases) == 6
+    test = load_datalist(trees["acdc"], "test", layout="acdc")
+    assert [case["case"] for case in test] == ["patient004_frame01", "patient004_frame12"] and "label" in test[0]
+    for fold in range(3):
         train, val = (
-            load_datalist(trees["acdc"], subset, fold, 4, layout="acdc") for subset in ("training", "validation")
+            load_datalist(trees["acdc"], subset, fold, 3, layout="acdc") for subset in ("training", "validation")
         )
-        assert len(train) == 6 and len(val) == 2 and len({case["group"] for case in val}) == 1
+        assert len(train) == 4 and len(val) == 2 and len({case["group"] for case in val}) == 1
         assert {case["group"] for case in val}.isdisjoint(case["group"] for case in train)
 
 
@@ -113,8 +121,8 @@ def test_incomplete_cases(trees, tmp_path):
 
 
 def test_images_to_segment(trees, tmp_path):
-    assert [len(item["image"]) for item in image_list(trees["brats21"], "brats21")] == [4]
-    assert len(image_list(trees["acdc"], "acdc")) == 8  # all have labels
+    assert [len(item["image"]) for item in image_list(trees["brats21"], "brats21")] == [4] * 5  # all have labels
+    assert len(image_list(trees["acdc"], "acdc")) == 2  # testing
     shutil.copy(trees["btcv"] / "RawData" / "Testing" / "img" / "img0061.nii.gz", tmp_path / "scan.nii.gz")
     assert len(image_list(tmp_path, "btcv")) == 1  # a plain folder
 
@@ -137,7 +145,7 @@ def test_every_task_trains_evaluates_and_segments(task, trees, tmp_path, workflo
     evaluation |= {"val_subset": "test"} if task in ("btcv", "synapse") else {}
     workflow(["train", "evaluate", f"tasks/{task}.yaml"], "evaluation", **evaluation).run()
     summary = json.loads((tmp_path / "evaluate" / "summary.json").read_text())
-    assert summary["cases"] == {"btcv": 6, "synapse": 12, "acdc": 4}.get(task, 2)
+    assert summary["cases"] == {"btcv": 6, "synapse": 12, "acdc": 4, "brats21": 3}.get(task, 2)
     names = set(summary["val_mean_dice"]) - {"mean"}
     expected = {"brats21": 3, "brain_tumour": 3, "btcv": 13, "synapse": 8, "acdc": 3, "spleen": 1, "hippocampus": 2}
     assert len(names) == expected[task] and "background" not in names

@@ -48,9 +48,10 @@ def apart(
     memory_gb: float = 0.0,
     seconds: float = 0.0,
     overrides: Mapping[str, Any] | None = None,
+    loss: str = "DiceLoss",
 ) -> None:
     """
-    Peak memory and time of one network, batch 1: inference at each size, then a training step (forward, Dice loss,
+    Peak memory and time of one network, batch 1: inference at each size, then a training step (forward, loss,
     backward, Adam) at each. Prints one line of JSON for each, and goes on to the next step with the first size that
     cannot be measured. Meant for a process of its own: on the CPU the peak is the largest resident size of the process
     so far, so with several sizes only one step tells.
@@ -67,6 +68,7 @@ def apart(
         memory_gb: more than this many GB of address space for data are refused (Linux, CPU); 0 for no limit.
         seconds: no larger size after one that took longer (the median); 0 for no limit.
         overrides: further keys of the configs.
+        loss: class of monai.losses.
     """
     retain_freed_memory()  # as the configs do
     if memory_gb and device == "cpu" and sys.platform == "linux":
@@ -82,7 +84,9 @@ def apart(
             at = {"step": step, "spatial_size": list(size)}
             shape = (in_channels, out_channels, list(size))
             try:
-                found: dict[str, Any] = _measure(network, step, shape, rounds, device, DTYPES[precision], overrides)
+                found: dict[str, Any] = _measure(
+                    network, step, shape, rounds, device, DTYPES[precision], overrides, loss
+                )
             except (RuntimeError, MemoryError, ValueError) as error:
                 found = {"error": _reason(error)}
             print(json.dumps(at | {"base_mib": base} | found), flush=True)
@@ -99,7 +103,7 @@ class _NotThisSize(ValueError):
     """A network refuses the size of a volume."""
 
 
-def _measure(name, step, shape, rounds, device, dtype, overrides) -> dict[str, float]:
+def _measure(name, step, shape, rounds, device, dtype, overrides, loss) -> dict[str, float]:
     in_channels, out_channels, size = shape
     try:
         flops(build_network(name, in_channels, out_channels, size, "meta", overrides), in_channels, size)
@@ -108,7 +112,7 @@ def _measure(name, step, shape, rounds, device, dtype, overrides) -> dict[str, f
     release_memory(device)
     network = build_network(name, in_channels, out_channels, size, overrides=overrides).to(device)
     image = torch.rand(1, in_channels, *size, device=device)
-    call = make_step(network, step, image, out_channels, dtype)
+    call = make_step(network, step, image, out_channels, dtype, loss)
     first = wall_clock(call)
     times = [wall_clock(call) for _ in range(rounds)]
     found = {"first": first, "peak_mib": peak_mib(device)}

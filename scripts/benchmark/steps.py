@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import monai
 import torch
-from monai.losses import DiceLoss
 
 from .measuring import synchronize
 
@@ -52,10 +52,15 @@ def training_step(network: torch.nn.Module, image: torch.Tensor, dtype: torch.dt
 
 
 def make_step(
-    network: torch.nn.Module, step: str, image: torch.Tensor, out_channels: int, dtype: torch.dtype | None = None
+    network: torch.nn.Module,
+    step: str,
+    image: torch.Tensor,
+    out_channels: int,
+    dtype: torch.dtype | None = None,
+    loss: str = "DiceLoss",
 ) -> Callable[[], None]:
     """
-    A step as a user takes it: inference, or training with Dice loss and Adam, whose states are there from the start.
+    A step as a user takes it: inference, or training with a loss and Adam, whose states are there from the start.
 
     Args:
         network: on the image's device.
@@ -63,13 +68,14 @@ def make_step(
         image: (B, C, D, H, W).
         out_channels: of the logits; the labels are drawn at random.
         dtype: of autocast; None for none.
+        loss: class of monai.losses, such as "DiceCELoss".
 
     Returns:
         what takes the step and waits for its end.
     """
     if step == "training":
         label = torch.randint(0, out_channels, (image.shape[0], 1, *image.shape[2:]), device=image.device)
-        loss_function = DiceLoss(to_onehot_y=True, softmax=True)
+        loss_function = getattr(monai.losses, loss)(to_onehot_y=True, softmax=True)
         optimizer = torch.optim.Adam(network.parameters())
         for parameter in network.parameters():
             parameter.grad = torch.zeros_like(parameter)
