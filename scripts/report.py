@@ -213,8 +213,12 @@ class Comparison:
         Returns:
             a figure: for each metric the distribution of the cases' means, by evaluation.
         """
-        figure, axes = new_figure(1, len(self.metrics))
-        for axis, metric in zip(axes[0], self.metrics):
+        columns = min(2, len(self.metrics))
+        figure, axes = new_figure(-(-len(self.metrics) // columns), columns)
+        places = [axis for row in axes for axis in row]
+        for axis in places[len(self.metrics) :]:
+            axis.set_axis_off()
+        for axis, metric in zip(places, self.metrics):
             values = [self.values(name, metric) for name in self.names]
             axis.boxplot(values, tick_labels=self.names, orientation="horizontal", showmeans=True, meanline=True)
             axis.set(xlabel=METRICS.get(metric, metric), title=f"{len(self.cases)} cases, mean of the classes")
@@ -228,7 +232,7 @@ def report(
 ) -> None:
     """
     Compare evaluations: comparison.md and comparison.csv with a row for each, comparison.png with box plots, and, of
-    the runner's results, runs.md with what each arm's trainings took and reached, and learning_curves.png.
+    the runner's results, runs.md with what each seed of an arm reached, and learning_curves.png.
 
     Args:
         results: folders, see :py:func:`read_evaluations`.
@@ -304,8 +308,8 @@ def _runs(folder: str | os.PathLike) -> list[dict[str, Any]]:
 def _runs_table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """The spread between seeds is the yardstick for differences between arms."""
     lines = [
-        "| | folds | seeds | mean Dice of each seed | their standard deviation | minutes a run |",
-        "| --- " * 6 + "|",
+        "| | folds | seeds | mean Dice of each seed | their standard deviation |",
+        "| --- " * 5 + "|",
     ]
     for arm, mine in runs.items():
         by_seed: dict[int, list[float]] = {}
@@ -313,9 +317,8 @@ def _runs_table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             by_seed.setdefault(run["seed"], []).extend(case["val_mean_dice"]["mean"] for case in run["cases"].values())
         means = [float(np.mean(values)) for values in by_seed.values()]
         spread = f"{np.std(means, ddof=1):.4f}" if len(means) > 1 else ""
-        minutes = np.mean([run["seconds"] for run in mine]) / 60
         cells = [arm, len({run["fold"] for run in mine}), len(means), ", ".join(f"{mean:.4f}" for mean in means)]
-        lines.append(f"| {' | '.join(str(cell) for cell in (*cells, spread, f'{minutes:.0f}'))} |")
+        lines.append(f"| {' | '.join(str(cell) for cell in (*cells, spread))} |")
     return "\n".join(lines) + "\n"
 
 

@@ -136,7 +136,8 @@ def test_a_step_fits_into_the_memory(gigabytes):
         assert step_gb(found, len(changes.get("class_names", "ab"))) <= gigabytes
         assert min(found["patch_size"]) >= 16 and all(size % 8 == 0 for size in found["patch_size"])
     few, many = planned(gigabytes), planned(gigabytes, class_names=organs)
-    assert many["batch_size"] * np.prod(many["patch_size"]) < few["batch_size"] * np.prod(few["patch_size"])
+    if few["channels"] == many["channels"] and np.prod(few["patch_size"]) < 200**3:  # the whole image does not fit
+        assert many["batch_size"] * np.prod(many["patch_size"]) < few["batch_size"] * np.prod(few["patch_size"])
 
 
 def test_more_memory_takes_more(phantoms):

@@ -1,0 +1,61 @@
+# Copyright (c) 2026 SegResMamba bundle contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from scripts.benchmark.page import page
+from scripts.experiments import planned_runs
+from scripts.report import report
+from tests.conftest import BUNDLE_ROOT
+
+EVIDENCE = BUNDLE_ROOT / "docs" / "evidence"
+RESULTS = sorted(EVIDENCE.glob("*/*-fold*-seed*.json"))
+
+
+def test_the_page_shows_what_the_results_say(tmp_path):
+    """The tables are made from the results of the runs, and stand in the page as they were made."""
+    docs = tmp_path / "docs"
+    shutil.copytree(EVIDENCE, docs / "evidence")
+    shutil.copy(BUNDLE_ROOT / "docs" / "evidence.md", docs)
+    made = docs / "evidence" / "screening_report"
+    shutil.rmtree(made)
+    report(str(docs / "evidence" / "screening"), output_dir=str(made), reference="base")
+    for name in ("comparison.md", "comparison.csv", "runs.md"):
+        assert (made / name).read_text() == (EVIDENCE / "screening_report" / name).read_text(), name
+    page(str(docs / "evidence.md"))
+    assert (docs / "evidence.md").read_text() == (BUNDLE_ROOT / "docs" / "evidence.md").read_text()
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
+def test_results_are_of_the_plan_that_is_shown(file):
+    (run,) = (run for run in planned_runs(str(file.parent.with_suffix(".yaml"))) if run.name == file.stem)
+    content = json.loads(file.read_text())
+    assert {key: content[key] for key in run.settings} == run.settings
+    assert len(content["cases"]) == content["summary"]["cases"] >= 41
+    dice = [case["val_mean_dice"]["mean"] for case in content["cases"].values()]
+    assert sum(dice) / len(dice) == pytest.approx(content["summary"]["val_mean_dice"]["mean"]["mean"], abs=1e-4)
+
+
+def test_the_costs_in_the_text_are_those_measured():
+    rows = json.loads((EVIDENCE / "efficiency-hippocampus.json").read_text())["rows"]
+    text = (BUNDLE_ROOT / "docs" / "evidence.md").read_text()
+    for name, label in (
+        ("Hippocampus", "base"),
+        ("Hippocampus, wide", "wide"),
+        ("Hippocampus, without the full-resolution skip", "without the full-resolution skip"),
+    ):
+        seconds = {row["network"]: row["training"]["median"] for row in rows if row["setup"] == name}
+        others = [seconds[n] / seconds["segresmamba_text"] for n in ("segresmamba_without_tom", "segresnet")]
+        assert f"| {label} | {others[0]:.2f} | {others[1]:.2f} |" in text
