@@ -115,7 +115,7 @@ def experiments(
         results_dir: where each finished run writes one JSON file.
         hours: begin no run after this many; 0 for no limit.
         parallel: runs at a time, which share the CPU's cores. On a CPU several on few threads each get further than
-            one on all, but their times are no benchmark.
+            one on all.
         arms: run these alone; none for all.
 
     Raises:
@@ -194,18 +194,12 @@ def evaluate(run: Run, dataset_dir: str, folder: Path, name: str = "evaluation",
 
 
 def _train(run: Run, dataset_dir: str, folder: Path, threads: int | None) -> None:
-    """Train, or go on; the seconds of all parts are kept beside the checkpoints."""
-    clock = folder / "seconds.json"
+    """Train, or go on."""
     if (folder / "trained").is_file():
         return
     write_text(folder / "settings.json", json.dumps(run.settings, indent=1) + "\n")
-    spent = json.loads(clock.read_text()) if clock.is_file() else []
-    start = time.time()
     more = {"resume": True} if (folder / "models" / "last.pt").is_file() else {}
-    try:
-        _bundle(run, dataset_dir, folder, "training", [], more, threads)
-    finally:
-        write_text(clock, json.dumps([*spent, time.time() - start], indent=1) + "\n")
+    _bundle(run, dataset_dir, folder, "training", [], more, threads)
     (folder / "trained").touch()
 
 
@@ -234,7 +228,7 @@ def _bundle(
 
 
 def _result(run: Run, folder: Path) -> dict[str, Any]:
-    """What is kept of a run: its settings, its cases' metrics, its course, its time."""
+    """What is kept of a run: its settings, its cases' metrics, its course."""
     cases: dict[str, dict[str, dict[str, float]]] = {}
     for file in sorted((folder / "evaluation").glob("*_raw.csv")):
         with open(file, newline="") as table:
@@ -246,13 +240,11 @@ def _result(run: Run, folder: Path) -> dict[str, Any]:
     if (folder / "training" / "training_curve.csv").is_file():  # not where pictures are switched off
         with open(folder / "training" / "training_curve.csv", newline="") as table:
             curve = list(csv.DictReader(table))
-    seconds = sum(json.loads((folder / "seconds.json").read_text()))
     return {
         "arm": run.arm,
         "fold": run.fold,
         "seed": run.seed,
         **run.settings,
-        "seconds": round(seconds, 1),
         "summary": json.loads((folder / "evaluation" / "summary.json").read_text()),
         "cases": cases,
         "curve": curve,
