@@ -13,10 +13,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
@@ -30,7 +32,7 @@ from scipy.stats import bootstrap
 
 from scripts.output import write_text
 
-__all__ = ["ClassMetricsSaver", "statistics", "summary_table"]
+__all__ = ["ClassMetricsSaver", "read_cases", "statistics", "summary_table"]
 
 
 def _image_meta(batch: Sequence[Any]) -> list[dict]:
@@ -107,6 +109,23 @@ class ClassMetricsSaver(MetricsSaver):
         self.logger.info(
             f"{len(cases)} cases, mean +- standard deviation:\n{summary_table(summary)}\nWritten to {path}."
         )
+
+
+def read_cases(folder: str | os.PathLike) -> dict[str, dict[str, dict[str, float]]]:
+    """
+    Args:
+        folder: that an evaluation has written to.
+
+    Returns:
+        the values by case (file name of the image), metric and class; "mean" among the classes is the mean of them.
+    """
+    cases: dict[str, dict[str, dict[str, float]]] = {}
+    for file in sorted(Path(folder).glob("*_raw.csv")):
+        with open(file, newline="", encoding="utf-8") as table:
+            for row in csv.DictReader(table):
+                case = cases.setdefault(os.path.basename(row.pop("filename")), {})
+                case[file.name.removesuffix("_raw.csv")] = {label: float(value) for label, value in row.items()}
+    return cases
 
 
 def summary_table(summary: Mapping[str, Any]) -> str:

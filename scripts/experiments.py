@@ -27,6 +27,7 @@ from typing import Any
 from monai.bundle import ConfigParser
 from monai.utils import ensure_tuple
 
+from scripts.evaluation import read_cases
 from scripts.output import write_text
 
 __all__ = ["Run", "evaluate", "experiments", "planned_runs", "run_all"]
@@ -114,8 +115,7 @@ def experiments(
         output_dir: where each run's folder with checkpoints, curve and log is kept.
         results_dir: where each finished run writes one JSON file.
         hours: begin no run after this many; 0 for no limit.
-        parallel: runs at a time, which share the CPU's cores. On a CPU several on few threads each get further than
-            one on all.
+        parallel: runs at a time, which share the CPU's cores.
         arms: run these alone; none for all.
 
     Raises:
@@ -229,13 +229,6 @@ def _bundle(
 
 def _result(run: Run, folder: Path) -> dict[str, Any]:
     """What is kept of a run: its settings, its cases' metrics, its course."""
-    cases: dict[str, dict[str, dict[str, float]]] = {}
-    for file in sorted((folder / "evaluation").glob("*_raw.csv")):
-        with open(file, newline="") as table:
-            for row in csv.DictReader(table):
-                case = Path(row.pop("filename")).name
-                values = {key: float(value) for key, value in row.items() if value}
-                cases.setdefault(case, {})[file.name.removesuffix("_raw.csv")] = values
     curve = []
     if (folder / "training" / "training_curve.csv").is_file():  # not where pictures are switched off
         with open(folder / "training" / "training_curve.csv", newline="") as table:
@@ -246,7 +239,7 @@ def _result(run: Run, folder: Path) -> dict[str, Any]:
         "seed": run.seed,
         **run.settings,
         "summary": json.loads((folder / "evaluation" / "summary.json").read_text()),
-        "cases": cases,
+        "cases": read_cases(folder / "evaluation"),
         "curve": curve,
     }
 

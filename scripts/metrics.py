@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,7 +51,7 @@ class HausdorffDistance(HausdorffDistanceMetric):
     def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         distances = super()._compute_tensor(y_pred, y, **kwargs)
         spacing = ensure_tuple_rep(kwargs.get("spacing") or 1.0, y.ndim - 2)
-        diagonal = sum((size * step) ** 2 for size, step in zip(y.shape[2:], spacing)) ** 0.5
+        diagonal = math.hypot(*(size * step for size, step in zip(y.shape[2:], spacing)))
         return _where_empty(distances, y_pred, y, self.include_background, both=0.0, one=diagonal)
 
 
@@ -92,7 +93,7 @@ class VolumeError(CumulativeIterationMetric):
         self.reduction = reduction
 
     def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        voxel = torch.tensor(ensure_tuple_rep(kwargs.get("spacing") or 1.0, y.ndim - 2)).prod().item()
+        voxel = math.prod(ensure_tuple_rep(kwargs.get("spacing") or 1.0, y.ndim - 2))
         predicted, reference = _voxels(y_pred, y, self.include_background)
         return (predicted - reference) * voxel / 1000
 

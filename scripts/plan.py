@@ -219,7 +219,7 @@ def _spacing(spacing: np.ndarray) -> np.ndarray:
 def _spacing_reason(spacing: np.ndarray) -> str:
     median = np.median(spacing, axis=0)
     if (median >= 3 * median.min()).any():
-        return "the median of the cases; the 10th percentile along the axis that is three times coarser or more"
+        return "the median; along an axis three times coarser the 10th percentile, but not finer than the other axes"
     return "the median of the cases"
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from monai.utils import ensure_tuple
 from scipy.stats import wilcoxon
 
-from scripts.evaluation import statistics
+from scripts.evaluation import read_cases, statistics
 from scripts.output import new_figure, save_figure, write_text
 
 __all__ = ["Comparison", "holm", "read_evaluations", "report"]
@@ -57,21 +57,16 @@ def read_evaluations(path: str | os.PathLike) -> dict[str, Cases]:
         ValueError: When there is no evaluation in the folder.
     """
     folder = Path(path)
-    crossed = (folder / "results").is_dir()
+    own_name, crossed = folder.resolve().name, (folder / "results").is_dir()
+    sources = [
+        (own_name if crossed else r["arm"], r["cases"]) for r in _runs(folder / "results" if crossed else folder)
+    ]
     found: dict[str, Any] = defaultdict(lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(list))))
-    for run in _runs(folder / "results" if crossed else folder):
-        name = folder.resolve().name if crossed else run["arm"]
-        for case, metrics in run["cases"].items():
+    for name, cases in sources or [(own_name, read_cases(folder))]:
+        for case, metrics in cases.items():
             for metric, values in metrics.items():
                 for label, value in values.items():
                     found[name][metric][case][label].append(value)
-    for file in [] if found else sorted(folder.glob("*_raw.csv")):
-        metric = file.name.removesuffix("_raw.csv")
-        with open(file, newline="", encoding="utf-8") as table:
-            for row in csv.DictReader(table):
-                case = os.path.basename(row.pop("filename"))
-                for label, value in row.items():
-                    found[folder.resolve().name][metric][case][label].append(float(value))
     if not found:
         raise ValueError(
             f"{folder}: there is no evaluation in it; expected the files that configs/evaluate.json or "

@@ -11,9 +11,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
-import matplotlib
 import nibabel as nib
 import numpy as np
 import pytest
@@ -24,7 +21,7 @@ from monai.data import MetaTensor
 from monai.transforms import LoadImage
 
 from scripts.phantom import PHANTOM_CLASSES, make_phantom
-from scripts.pictures import OverlayPictures, TrainingCurve, draw_overlay
+from scripts.pictures import OverlayPictures, draw_overlay
 
 
 def texts(figure) -> str:
@@ -126,27 +123,3 @@ def test_handler_turns_every_orientation_alike(orientation, tmp_path, monkeypatc
     picture = imread(tmp_path / "out" / "case_overlay.png")
     assert min(picture.shape[:2]) > 400
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["case_overlay.png"]
-
-
-def test_training_curve(tmp_path):
-    validator = SimpleNamespace(state=SimpleNamespace(epoch=0, metrics={}))
-    trainer = SimpleNamespace(state=SimpleNamespace(epoch=0, metrics={}))
-    backend = matplotlib.get_backend()
-
-    def run(curve, epochs):
-        curve.started(trainer)
-        for epoch in epochs:
-            trainer.state.epoch, trainer.state.metrics = epoch, {"train_loss": 1 / epoch}
-            if epoch % 2 == 0:
-                validator.state.epoch, validator.state.metrics = epoch, {"val_mean_dice": 1 - 1 / epoch}
-            curve.epoch_completed(trainer)
-
-    run(TrainingCurve(str(tmp_path), validator), range(1, 7))
-    trainer.state.epoch = 4  # interrupted in epoch 7, resumed from epoch 4
-    curve = TrainingCurve(str(tmp_path), validator)
-    run(curve, range(5, 9))
-    assert [row[0] for row in curve.rows] == list(range(1, 9))
-    assert [row[2] for row in curve.rows][:4] == [None, 0.5, None, 0.75]
-    assert imread(tmp_path / "training_curve.png").shape[0] > 400
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["training_curve.csv", "training_curve.png"]
-    assert matplotlib.get_backend() == backend
