@@ -167,7 +167,7 @@ def test_co2_of_table_6(hours, kg):
 def measured(bundle_root, tmp_path_factory):
     """Two networks in two set-ups, one of which a network does not take, measured as a user would."""
     folder = tmp_path_factory.mktemp("efficiency")
-    thin = {"in_channels": 1, "out_channels": 2, "spatial_size": [4, 32, 32]}
+    thin = {"in_channels": 1, "out_channels": 2, "spatial_size": [4, 32, 32], "batch_size": 3}
     thin["overrides"] = {"unet": {"network_def#network#channels": [8, 8, 8, 8, 8]}}
     plan = {
         "setups": {"Small": {"in_channels": 2, "out_channels": 3, "spatial_size": [32, 48, 32]}, "Thin": thin},
@@ -209,6 +209,13 @@ def test_efficiency(measured):
     table = (measured / "efficiency-x.md").read_text()
     ratio = small["inference"]["median"] / rows["Small", "segresmamba_text"]["inference"]["median"]
     assert f"| unet | {ratio:.3f} |" in table and "| segresmamba_text | 1.000 |" in table
+    assert "**Thin: 1 to 2 channels, 4 x 32 x 32, batch 3**" in table
+
+
+def test_batches_take_memory():
+    options = {"spatial_sizes": [[64, 64, 64]], "rounds": 0}
+    peaks = [next(run_apart("segresnet", ["training"], batch_size=n, **options))["peak_mib"] for n in (1, 4)]
+    assert peaks[1] > peaks[0] + 3 * 64**3 * 16 * 4 * 5 / 2**20  # five volumes of 16 channels are kept at the least
 
 
 def test_a_function_that_fails_is_left_out():

@@ -49,9 +49,10 @@ def apart(
     seconds: float = 0.0,
     overrides: Mapping[str, Any] | None = None,
     loss: str = "DiceLoss",
+    batch_size: int = 1,
 ) -> None:
     """
-    Peak memory and time of one network, batch 1: inference at each size, then a training step (forward, loss,
+    Peak memory and time of one network: inference at each size, then a training step (forward, loss,
     backward, Adam) at each. Prints one line of JSON for each, and goes on to the next step with the first size that
     cannot be measured. Meant for a process of its own: on the CPU the peak is the largest resident size of the process
     so far, so with several sizes only one step tells.
@@ -69,6 +70,7 @@ def apart(
         seconds: no larger size after one that took longer (the median); 0 for no limit.
         overrides: further keys of the configs.
         loss: class of monai.losses.
+        batch_size: volumes at a time.
     """
     retain_freed_memory()  # as the configs do
     if memory_gb and device == "cpu" and sys.platform == "linux":
@@ -82,7 +84,7 @@ def apart(
     for step in steps:
         for k, size in enumerate(spatial_sizes):
             at = {"step": step, "spatial_size": list(size)}
-            shape = (in_channels, out_channels, list(size))
+            shape = (batch_size, in_channels, out_channels, list(size))
             try:
                 found: dict[str, Any] = _measure(
                     network, step, shape, rounds, device, DTYPES[precision], overrides, loss
@@ -104,14 +106,14 @@ class _NotThisSize(ValueError):
 
 
 def _measure(name, step, shape, rounds, device, dtype, overrides, loss) -> dict[str, float]:
-    in_channels, out_channels, size = shape
+    batch_size, in_channels, out_channels, size = shape
     try:
         flops(build_network(name, in_channels, out_channels, size, "meta", overrides), in_channels, size)
     except (RuntimeError, ValueError) as error:
         raise _NotThisSize(f"does not take this size: {first_cause(error)}") from error
     release_memory(device)
     network = build_network(name, in_channels, out_channels, size, overrides=overrides).to(device)
-    image = torch.rand(1, in_channels, *size, device=device)
+    image = torch.rand(batch_size, in_channels, *size, device=device)
     call = make_step(network, step, image, out_channels, dtype, loss)
     first = wall_clock(call)
     times = [wall_clock(call) for _ in range(rounds)]

@@ -67,8 +67,9 @@ def efficiency(
 ) -> None:
     """
     What networks cost, beside the papers' figures: parameters, operations, and time, peak memory, energy and
-    CO2-equivalent of inference and of a training step (forward, Dice loss, backward, Adam), batch 1. What is compared
-    runs in turn, round by round, in one process; the peak memory is taken in processes of their own.
+    CO2-equivalent of inference and of a training step (forward, Dice loss, backward, Adam), of one volume unless the
+    set-up has a ``batch_size``. What is compared runs in turn, round by round, in one process; the peak memory is taken
+    in processes of their own.
 
     Args:
         config: YAML file with the set-ups, and which of them and which networks are measured where nothing is said.
@@ -221,12 +222,12 @@ def _measure(
 ) -> None:
     """Peak memory, time and energy of the networks, put into their rows; ``keep`` is called when memory is known."""
     rows = [row for row in rows if "error" not in row]
-    device, size = options["device"], list(shape["spatial_size"])
+    device, size, batch_size = options["device"], list(shape["spatial_size"]), shape.get("batch_size", 1)
     # The process that times them holds weights and Adam's states of all.
     memory_gb = memory_gb or max(2.0, free_gb() - sum(12 * row["parameters"] for row in rows) / 1e9)
     for row in tqdm(rows, desc=f"{title}, memory"):
         arguments = {"in_channels": shape["in_channels"], "out_channels": shape["out_channels"], **options}
-        arguments["overrides"] = shape.get("overrides", {}).get(row["network"])
+        arguments |= {"overrides": shape.get("overrides", {}).get(row["network"]), "batch_size": batch_size}
         for found in run_apart(
             row["network"], spatial_sizes=[size], rounds=0, memory_gb=round(memory_gb, 3), **arguments
         ):
@@ -235,7 +236,7 @@ def _measure(
             if "error" not in kept:
                 kept["memory_mib"] = kept["peak_mib"] - kept["base_mib"]
     keep()
-    image = torch.rand(1, shape["in_channels"], *size, device=device)
+    image = torch.rand(batch_size, shape["in_channels"], *size, device=device)
     functions: dict[str, Callable[[], object]] = {}
     for row in rows:
         steps = [step for step in options["steps"] if "error" not in row.get(step, {"error": ""})]
@@ -279,7 +280,8 @@ def _csv(rows: Sequence[dict]) -> str:
 
 
 def _markdown(results: Mapping[str, Any]) -> str:
-    where = f"{describe(results['machine'])}; {results['precision']}, batch 1"
+    batch = "" if all("batch_size" in setup for setup in results["setups"].values()) else ", batch 1"
+    where = f"{describe(results['machine'])}; {results['precision']}{batch}"
     return "\n".join([f"Measured on {where}. CO2e for {results['country']}.", *_tables(results)]) + "\n"
 
 
@@ -288,6 +290,7 @@ def _tables(results: Mapping[str, Any]) -> list[str]:
     for setup, shape in results["setups"].items():
         rows = [row for row in results["rows"] if row["setup"] == setup]
         size = " x ".join(map(str, shape["spatial_size"]))
+        size += f", batch {shape['batch_size']}" if "batch_size" in shape else ""
         lines += ["", f"**{setup}: {shape['in_channels']} to {shape['out_channels']} channels, {size}**", ""]
         lines += _counts_table(rows)
         lines += _measured_table([row for row in rows if {"inference", "training"} & set(row)], results)
