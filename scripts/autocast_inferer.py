@@ -12,15 +12,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from monai.inferers import Inferer
+from torch.overrides import TorchFunctionMode
 
 __all__ = ["AutocastInferer"]
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class _SmallVolumesInFloat32(TorchFunctionMode):
+    """
+    Convolutions of volumes that are small along an axis, in float32: oneDNN's bfloat16 weight gradient is wrong, up to
+    corrupted memory, for a kernel about as large as its volume (seen with torch 2.13 and AVX512_BF16).
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.conv3d, torch.conv_transpose3d) and min(args[0].shape[2:]) <= 8:
+            with torch.autocast("cpu", enabled=False):
+                return func(*(a.float() if isinstance(a, torch.Tensor) else a for a in args), **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 class AutocastInferer(Inferer):
@@ -29,7 +43,8 @@ class AutocastInferer(Inferer):
 
     MONAI's engines know ``torch.autocast("cuda")`` alone. Here the network, and nothing else, runs under the autocast
     of the device that the input lies on; its output goes back to the wrapped inferer in float32, so that losses and
-    the blending of sliding windows keep their precision. The network is given plain tensors without metadata.
+    the blending of sliding windows keep their precision. The network is given plain tensors without metadata. On a CPU
+    convolutions of volumes of 8 voxels along an axis, or fewer, stay in float32.
 
     Training in fp16 needs a gradient scaler besides: set ``amp`` of MONAI's trainer.
 
@@ -70,7 +85,11 @@ class AutocastInferer(Inferer):
             volume = volume.as_subclass(torch.Tensor)
             if self.channels_last and volume.ndim == 5:
                 volume = volume.contiguous(memory_format=torch.channels_last_3d)
-            with torch.autocast(volume.device.type, self.dtype) if self.dtype is not None else nullcontext():
+            with ExitStack() as stack:
+                if self.dtype is not None:
+                    stack.enter_context(torch.autocast(volume.device.type, self.dtype))
+                    if volume.device.type == "cpu":
+                        stack.enter_context(_SmallVolumesInFloat32())
                 return _to_float32(network(volume, *network_args, **network_kwargs))
 
         return self.inferer(inputs, predict, *args, **kwargs)
