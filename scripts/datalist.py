@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.data import load_decathlon_datalist, partition_dataset
+from monai.data import MetaTensor, load_decathlon_datalist, partition_dataset
 from monai.transforms import LoadImage
 from monai.utils import ensure_tuple, optional_import
 
@@ -176,7 +176,7 @@ def check_dataset(
     check_affine: bool = True,
     max_problems: int = 10,
     progress: bool = True,
-) -> list[dict]:
+) -> str:
     """Read every file of a data list once and raise one error that lists what would break a training.
 
     Files are read by ``monai.transforms.LoadImage``, so every format that a training can read can be checked.
@@ -194,7 +194,7 @@ def check_dataset(
         progress: whether to show a progress bar, where tqdm is installed.
 
     Returns:
-        The data list, unchanged, so that a config can wrap the list in this call.
+        What was found, in one line: cases, channels, sizes, spacings, and the label values that occur.
 
     Raises:
         ValueError: When the data list is empty or any file is missing, unreadable or unfit.
@@ -205,6 +205,9 @@ def check_dataset(
     damaged = {index for indices, _ in problems for index in indices}
     tqdm, has_tqdm = optional_import("tqdm", name="tqdm")
     cases = tqdm(datalist, desc="Checking data", unit="case") if progress and has_tqdm else datalist
+    sizes: list[tuple[int, ...]] = []
+    spacings: list[tuple[float, ...]] = []
+    values: set[int] = set()
     loader = LoadImage(image_only=True, ensure_channel_first=True)
     for index, item in enumerate(cases):
         if index in damaged:
@@ -214,6 +217,8 @@ def check_dataset(
             if num_channels is None:
                 num_channels = image.shape[0]
             message = _image_problems(image, item[image_key], num_channels, check_finite)
+            sizes.append(tuple(image.shape[1:]))
+            spacings.append(tuple(round(float(step), 3) for step in image.pixdim))
         if message:
             problems.append(([index], message))
         if label_key is None:
@@ -221,6 +226,7 @@ def check_dataset(
         label, message = _read(loader, item[label_key])
         if label is not None:
             message = _label_problems(label, image, item[label_key], num_classes, check_affine)
+            values.update(() if message else np.unique(label).astype(int).tolist())
         if message:
             problems.append(([index], message))
     if problems:
@@ -231,7 +237,17 @@ def check_dataset(
         raise ValueError(
             f"The data set is unfit: {cases_hit} of {len(datalist)} cases have problems.\n" + "\n".join(lines)
         )
-    return list(datalist)
+    found = [f"{len(datalist)} cases", f"{num_channels} channel" + ("s" if num_channels != 1 else "")]
+    found += [_range(sizes) + " voxels", _range(spacings) + " mm"]
+    if label_key is not None:
+        found.append(f"label values {', '.join(map(str, sorted(values)))} of 0 to {num_classes - 1}")
+    return "; ".join(found)
+
+
+def _range(triples: Sequence[tuple[float, ...]]) -> str:
+    """Least to most along each axis."""
+    ends = [(min(axis), max(axis)) for axis in zip(*triples)]
+    return " x ".join(f"{low:g}" if low == high else f"{low:g}-{high:g}" for low, high in ends)
 
 
 def _read_json(dataset_dir: str | os.PathLike) -> tuple[Path, dict]:
@@ -328,7 +344,7 @@ def _short(files: str | Sequence[str]) -> str:
     return str(files[0]) + (f" and {len(files) - 1} more" if len(files) > 1 else "")
 
 
-def _read(loader: LoadImage, files: str | Sequence[str]) -> tuple[torch.Tensor | None, str | None]:
+def _read(loader: LoadImage, files: str | Sequence[str]) -> tuple[MetaTensor | None, str | None]:
     """Return the array, channel first, or else what hindered reading it."""
     try:
         return loader(files), None

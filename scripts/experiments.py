@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +199,10 @@ def _train(run: Run, dataset_dir: str, folder: Path, threads: int | None) -> Non
         return
     write_text(folder / "settings.json", json.dumps(run.settings, indent=1) + "\n")
     more = {"resume": True} if (folder / "models" / "last.pt").is_file() else {}
-    _bundle(run, dataset_dir, folder, "training", [], more, threads)
+    train, evaluation = (ConfigParser.load_config_file(f"configs/{name}.json") for name in ("train", "evaluate"))
+    own = evaluation.keys() - train.keys()
+    kept = {key: value for key, value in run.overrides.items() if key not in own}
+    _bundle(replace(run, overrides=kept), dataset_dir, folder, "training", [], more, threads)
     (folder / "trained").touch()
 
 

@@ -25,7 +25,7 @@ __all__ = ["check_weights", "load_pretrained", "read_weights"]
 
 def check_weights(
     checkpoint: str | os.PathLike, network: torch.nn.Module, large_files: str | os.PathLike | None = None
-) -> None:
+) -> str:
     """
     Make sure that a file's weights are there and fit a network, before anything is run with them.
 
@@ -33,6 +33,9 @@ def check_weights(
         checkpoint: file with a state dict, or with one under "model".
         network: the network that is to load it.
         large_files: the bundle's large_files.yml; a file that stands in it must have the hash given there.
+
+    Returns:
+        what was found, in one line.
 
     Raises:
         FileNotFoundError: When the file does not exist.
@@ -48,6 +51,7 @@ def check_weights(
                 f"{now.get(name, 'absent')} here): give the same channels, depths and other keys of the network, the "
                 "same task overlay and data set as in training."
             )
+    return f"{checkpoint}, {len(then)} tensors"
 
 
 def _check_large_file(checkpoint: str | os.PathLike, large_files: str | os.PathLike | None) -> None:

@@ -75,6 +75,10 @@ def test_train_evaluate_infer(trained):
     ):
         for bar in bars:
             assert bar in trained.runs[name].stderr
+    looked_at = {name: run.stdout + run.stderr for name, run in trained.runs.items()}
+    assert all("Preflight\n  versions  Python" in text for text in looked_at.values())
+    assert " cases; 1 channel; " in looked_at["train"] and "label values 0, 1, 2, 3, 4 of 0 to 4" in looked_at["train"]
+    assert re.search(r"weights +\S+/model.pt, \d+ tensors\n  data", looked_at["inference"])
 
     evaluated = trained.folder / "evaluate"
     summary = json.loads((evaluated / "summary.json").read_text())
@@ -457,7 +461,17 @@ def test_shared_keys_agree():
     """What train.json and inference.json both say is the same, where it belongs to network and preprocessing."""
     train = ConfigParser.load_config_file(CONFIGS / "train.json")
     inference = ConfigParser.load_config_file(CONFIGS / "inference.json")
-    own = {"imports", "data_check", "num_workers", "precision", "sw_overlap", "sw_batch_size", "initialize", "run"}
+    own = {
+        "imports",
+        "data_check",
+        "preflight",
+        "num_workers",
+        "precision",
+        "sw_overlap",
+        "sw_batch_size",
+        "initialize",
+        "run",
+    }
     for key in set(train) & set(inference) - own:
         assert train[key] == inference[key], key
 

@@ -56,7 +56,8 @@ def test_arms_have_their_own_folds_and_seeds(tmp_path):
 
 def test_runs_are_done_once_and_go_on_where_they_stopped(phantom_dir, tmp_path):
     plan = tmp_path / "plan.yaml"
-    plan.write_text(json.dumps({**PLAN, "folds": [2]}))
+    overrides = {**PLAN["overrides"], "checkpoint": "$@ckpt_dir + '/last.pt'"}  # evaluation's alone
+    plan.write_text(json.dumps({**PLAN, "overrides": overrides, "folds": [2]}))
     folders = {name: tmp_path / name for name in ("runs", "results")}
     command = [sys.executable, "-m", "scripts.experiments", str(plan), str(phantom_dir)]
     command += [*(str(folder) for folder in folders.values()), "--parallel", "2"]

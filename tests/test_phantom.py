@@ -49,7 +49,7 @@ def small(tmp_path_factory) -> Path:
 
 def test_written_folder_is_a_decathlon_data_set_fit_for_training(small):
     items = load_datalist(small, "all")
-    assert len(items) == 5 and len(check_dataset(items, num_classes=5, num_channels=1, progress=False)) == 5
+    assert len(items) == 5 and check_dataset(items, num_classes=5, num_channels=1, progress=False).startswith("5 cases")
     test_items = load_datalist(small, "test")
     assert len(test_items) == 1 and Path(test_items[0]["label"]).parent.name == "labelsTs"
     check_dataset(test_items, num_classes=5, num_channels=1, progress=False)

@@ -1,0 +1,148 @@
+# Copyright (c) 2026 SegResMamba bundle contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What is looked at before a run starts: the keys that it was given, and what it is about to work with."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import monai.bundle
+import numpy as np
+import torch
+from monai.bundle import ConfigParser
+from monai.utils import optional_import
+from packaging.specifiers import SpecifierSet
+
+__all__ = ["check_keys", "preflight", "version_differences"]
+
+_OF_RUN = set(inspect.signature(monai.bundle.run).parameters) - {"override"}
+_OF_TRACKING = {"tracking_uri", "experiment_name", "run_name", "save_execute_config"}
+
+
+def check_keys(arguments: Sequence[str] | None = None) -> None:
+    """
+    Refuse keys on the command line of ``python -m monai.bundle run`` that no config has: MONAI takes them without a
+    word, and the setting that was meant stays as it was. A new key that another one refers to (``@new_key``) is none.
+
+    Args:
+        arguments: a command line, its program first; default: this process's. Any other program's is let pass.
+
+    Raises:
+        ValueError: naming each unknown key and the nearest real one.
+    """
+    arguments = sys.argv if arguments is None else arguments
+    if Path(arguments[0]).parts[-3:] != ("monai", "bundle", "__main__.py") or arguments[1:2] != ["run"]:
+        return
+    given = _given(arguments[2:])
+    if "args_file" in given:
+        given = ConfigParser.load_config_files(given["args_file"]) | given
+    if "config_file" not in given:
+        return
+    config = ConfigParser.load_config_files(given["config_file"])
+    allowed = _OF_RUN | (_OF_TRACKING if "tracking" in given else set())
+    values = [str(value) for value in given.values()]
+    faults = []
+    for key in given.keys() - allowed:
+        known = _unknown_among(key.replace("::", "#"), config)
+        if known is not None and not any(f"@{key}" in value for value in values):
+            nearest = get_close_matches(key, known, n=1)
+            faults.append(f"--{key}" + (f" (did you mean --{nearest[0]}?)" if nearest else ""))
+    if faults:
+        files = given["config_file"]
+        raise ValueError(
+            f"there is no such key in {files if isinstance(files, str) else ', '.join(files)}: "
+            f"{', '.join(sorted(faults))}."
+        )
+
+
+def _given(arguments: Sequence[str]) -> dict[str, Any]:
+    """Values by key, as fire reads them."""
+    parse, _ = optional_import("fire.parser", name="DefaultParseValue")
+    given: dict[str, Any] = {}
+    for position, argument in enumerate(arguments):
+        if argument.startswith("--"):
+            key, equals, value = argument[2:].partition("=")
+            follows = arguments[position + 1] if position + 1 < len(arguments) else "True"
+            given[key] = parse(value if equals else "True" if follows.startswith("--") else follows)
+    return given
+
+
+def _unknown_among(key: str, config: Any) -> list[str] | None:
+    """Keys that are there instead of one that is not; None where it is, or may be an argument of a component."""
+    parts = key.split("#")
+    node = config
+    for depth, part in enumerate(parts):
+        if not isinstance(node, (dict, list)):
+            return None  # a reference, say, to something that has it
+        children = node if isinstance(node, dict) else dict(zip(map(str, range(len(node))), node))
+        if part not in children:
+            argument = depth > 0 and part == parts[-1] and "_target_" in children
+            return None if argument else ["#".join([*parts[:depth], name]) for name in children]
+        node = children[part]
+    return None
+
+
+def preflight(metadata: str | os.PathLike, device: Any, weights: str | None = None, data: str | None = None) -> None:
+    """
+    Log in one piece what a run is about to work with, and warn of versions that the bundle was not tested with.
+
+    Args:
+        metadata: the bundle's metadata.json.
+        device: that the network runs on.
+        weights: what the check of the weights found.
+        data: what the check of the data found.
+    """
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    lines = {
+        "versions": f"Python {platform.python_version()}, PyTorch {torch.__version__}, MONAI {monai.__version__}",
+        "device": f"{device}, {name}",
+        "weights": weights,
+        "data": data,
+    }
+    logger = logging.getLogger(__name__)
+    logger.info("\n".join(["Preflight", *(f"  {key:<9} {text}" for key, text in lines.items() if text)]))
+    for difference in version_differences(metadata):
+        logger.warning(f"Not tested with {difference}.")
+
+
+def version_differences(metadata: str | os.PathLike) -> list[str]:
+    """
+    Args:
+        metadata: a metadata.json.
+
+    Returns:
+        one phrase for each package that is missing or not of the versions given there.
+    """
+    content = json.loads(Path(metadata).read_text(encoding="utf-8"))
+    wanted = {"monai": content["monai_version"], "torch": content["pytorch_version"], "numpy": content["numpy_version"]}
+    imported = {"monai": monai.__version__, "torch": torch.__version__, "numpy": np.__version__}
+    found = []
+    for package, specifier in (wanted | content.get("required_packages_version", {})).items():
+        asked = SpecifierSet(specifier if specifier[0] in "<>=~!" else f"=={specifier}")
+        try:
+            installed = imported.get(package) or version(package)
+        except PackageNotFoundError:
+            installed = "missing"
+        if installed == "missing" or not asked.contains(installed.split("+")[0], prereleases=True):
+            found.append(f"{package} {installed} (tested: {asked})")
+    return found
