@@ -11,15 +11,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from monai.inferers import Inferer
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["AutocastInferer"]
+__all__ = ["AutocastInferer", "autocast"]
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -37,14 +37,31 @@ class _SmallVolumesInFloat32(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextmanager
+def autocast(device_type: str, dtype: torch.dtype | None) -> Iterator[None]:
+    """
+    ``torch.autocast`` for any network: on a CPU convolutions of volumes of 8 voxels along an axis, or fewer, stay in
+    float32, where oneDNN's bfloat16 gradients are wrong.
+
+    Args:
+        device_type: "cuda", "cpu" or "mps".
+        dtype: torch.bfloat16 or torch.float16; None for no autocast.
+    """
+    with ExitStack() as stack:
+        if dtype is not None:
+            stack.enter_context(torch.autocast(device_type, dtype))
+            if device_type == "cpu":
+                stack.enter_context(_SmallVolumesInFloat32())
+        yield
+
+
 class AutocastInferer(Inferer):
     """
     Runs another inferer with the network in mixed precision, on any device.
 
     MONAI's engines know ``torch.autocast("cuda")`` alone. Here the network, and nothing else, runs under the autocast
     of the device that the input lies on; its output goes back to the wrapped inferer in float32, so that losses and
-    the blending of sliding windows keep their precision. The network is given plain tensors without metadata. On a CPU
-    convolutions of volumes of 8 voxels along an axis, or fewer, stay in float32.
+    the blending of sliding windows keep their precision. The network is given plain tensors without metadata.
 
     Training in fp16 needs a gradient scaler besides: set ``amp`` of MONAI's trainer.
 
@@ -85,11 +102,7 @@ class AutocastInferer(Inferer):
             volume = volume.as_subclass(torch.Tensor)
             if self.channels_last and volume.ndim == 5:
                 volume = volume.contiguous(memory_format=torch.channels_last_3d)
-            with ExitStack() as stack:
-                if self.dtype is not None:
-                    stack.enter_context(torch.autocast(volume.device.type, self.dtype))
-                    if volume.device.type == "cpu":
-                        stack.enter_context(_SmallVolumesInFloat32())
+            with autocast(volume.device.type, self.dtype):
                 return _to_float32(network(volume, *network_args, **network_kwargs))
 
         return self.inferer(inputs, predict, *args, **kwargs)

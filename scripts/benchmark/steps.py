@@ -15,6 +15,8 @@ from collections.abc import Callable
 import monai
 import torch
 
+from scripts.autocast_inferer import autocast
+
 from .measuring import synchronize
 
 __all__ = ["DTYPES", "inference_step", "make_step", "training_step"]
@@ -32,7 +34,7 @@ def inference_step(network: torch.nn.Module, image: torch.Tensor, dtype: torch.d
         image: (B, C, D, H, W).
         dtype: of autocast; None for none.
     """
-    with torch.inference_mode(), torch.autocast(image.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+    with torch.inference_mode(), autocast(image.device.type, dtype):
         network(image)
 
 
@@ -45,7 +47,7 @@ def training_step(network: torch.nn.Module, image: torch.Tensor, dtype: torch.dt
         image: (B, C, D, H, W).
         dtype: of autocast; None for none.
     """
-    with torch.autocast(image.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+    with autocast(image.device.type, dtype):
         logits = network(image)
     logits.float().square().mean().backward()
     network.zero_grad(set_to_none=True)
@@ -85,7 +87,7 @@ def make_step(
     def call() -> None:
         network.train(step == "training")
         if step == "training":
-            with torch.autocast(image.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            with autocast(image.device.type, dtype):
                 logits = network(image)
             loss_function(logits.float(), label).backward()
             optimizer.step()
