@@ -23,7 +23,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from monai.utils import ensure_tuple
+
 from scripts.datalist import dataset_channels, dataset_classes, load_datalist
+from scripts.dicom import series_folders
 from scripts.layouts import layout_cases
 
 __all__ = ["channel_count", "class_names", "image_list"]
@@ -65,44 +68,64 @@ def channel_count(dataset_dir: str | os.PathLike, default: int) -> int:
     return default if folder is None else dataset_channels(folder)
 
 
-def image_list(dataset_dir: str | os.PathLike, layout: str = "decathlon") -> list[dict]:
-    """Volumes to run inference on: the test cases of a data set, or every volume that lies in a plain folder.
+def image_list(source: str | os.PathLike | Sequence[str], layout: str = "decathlon") -> list[dict]:
+    """Volumes to run inference on.
 
     Args:
-        dataset_dir: a folder with dataset.json, with imagesTs, or with image files right in it
-            (.nii.gz, .nii, .mha, .mhd, .nrrd; one volume each).
+        source: a volume's file (.nii.gz, .nii, .mha, .mhd, .nrrd), the folder of a DICOM series (one file for each
+            slice; needs pydicom), a folder of either, a data set, whose test cases are taken, or a list of these.
         layout: "decathlon", or one of :py:data:`scripts.layouts.LAYOUTS`, whose test cases are taken, or all
             where there are none. A folder of plain images is one in either case.
 
     Returns:
-        Dicts with the absolute path, or paths, "image", sorted by name.
+        Dicts with the absolute path, or paths, "image", sorted by name where they come from a folder.
 
     Raises:
-        FileNotFoundError: When the folder does not exist, or holds no volume.
-        ValueError: When dataset.json is malformed.
+        FileNotFoundError: When the file or folder does not exist, or holds no volume.
+        ValueError: When dataset.json is malformed, a file is no volume, a DICOM series has faults, or two volumes have
+            one name.
     """
-    folder = Path(os.path.abspath(os.path.expanduser(dataset_dir)))
-    if not folder.is_dir():
-        raise FileNotFoundError(f"The folder {folder} does not exist: give --dataset_dir a folder of images.")
+    if not isinstance(source, (str, os.PathLike)):
+        found = [case for one in source for case in image_list(one, layout)]
+        names = [_stem(case["image"]) for case in found]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:  # the second label map would take the place of the first
+            raise ValueError(f"two of the volumes are called {twice}: give them one by one, or rename one.")
+        return found
+    path = Path(os.path.abspath(os.path.expanduser(source)))
+    if path.is_file():
+        if not path.name.endswith(_IMAGE_SUFFIXES):
+            raise ValueError(
+                f"{path} is no volume to read ({', '.join(_IMAGE_SUFFIXES)}); of a DICOM series give its folder."
+            )
+        return [{"image": str(path)}]
+    if not path.is_dir():
+        raise FileNotFoundError(f"The folder {path} does not exist: give --input a volume or a folder of volumes.")
     if layout != "decathlon":
         for labelled in (False, True):
             try:
-                return [{"image": item["image"]} for item in layout_cases(folder, layout, labelled=labelled)]
+                return [{"image": item["image"]} for item in layout_cases(path, layout, labelled=labelled)]
             except FileNotFoundError:
                 pass  # all have labels, or a folder of plain images
-    path = folder / "dataset.json"
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("test"):
-        return [{"image": item["image"]} for item in load_datalist(folder, "test")]
-    source = folder / "imagesTs" if (folder / "imagesTs").is_dir() else folder
+    index = path / "dataset.json"
+    if index.is_file() and json.loads(index.read_text(encoding="utf-8")).get("test"):
+        return [{"image": item["image"]} for item in load_datalist(path, "test")]
+    folder = path / "imagesTs" if (path / "imagesTs").is_dir() else path
     images = sorted(
-        str(file) for file in source.iterdir() if file.name.endswith(_IMAGE_SUFFIXES) and not file.name.startswith(".")
+        str(file) for file in folder.iterdir() if file.name.endswith(_IMAGE_SUFFIXES) and not file.name.startswith(".")
     )
+    images = images or [str(series) for series in series_folders(folder)]
     if not images:
         raise FileNotFoundError(
-            f"{source} holds no volume ({', '.join(_IMAGE_SUFFIXES)}): give --dataset_dir a folder of images, or a "
-            "data set whose dataset.json lists test cases."
+            f"{folder} holds no volume ({', '.join(_IMAGE_SUFFIXES)}, or a DICOM series): give --input a volume, a "
+            "folder of volumes, or a data set whose dataset.json lists test cases."
         )
     return [{"image": image} for image in images]
+
+
+def _stem(image: str | Sequence[str]) -> str:
+    name = os.path.basename(ensure_tuple(image)[0])
+    return next((name.removesuffix(suffix) for suffix in _IMAGE_SUFFIXES if name.endswith(suffix)), name)
 
 
 def _dataset_folder(dataset_dir: str | os.PathLike) -> Path | None:

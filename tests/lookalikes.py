@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Folders that look like data sets as they are handed out, with small volumes of boxes in noise."""
+"""Folders that look like data sets as they are handed out, with small volumes of boxes in noise; DICOM series."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pydicom
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-__all__ = ["TASK_TREES", "make_tree"]
+__all__ = ["TASK_TREES", "make_tree", "write_series"]
 
 
 def _volume(
@@ -107,3 +109,37 @@ def make_tree(task: str, folder: Path) -> Path:
     """Write the folder of a task, by the name of its overlay."""
     TASK_TREES[task](folder)
     return folder
+
+
+def write_series(folder: Path, volume: np.ndarray, affine: np.ndarray, numbers: list[int] | None = None) -> list[Path]:
+    """
+    A CT series of an (I, J, K) volume of whole numbers: a slice for each k, rows along j, columns along i, ``affine``
+    from voxels to RAS.
+    """
+    folder.mkdir(parents=True)
+    lps = np.diag([-1, -1, 1, 1]) @ affine
+    step = np.linalg.norm(lps[:3, :3], axis=0)
+    study, series, frame = generate_uid(), generate_uid(), generate_uid()
+    files = []
+    for k in range(volume.shape[2]):
+        meta = pydicom.dataset.FileMetaDataset()
+        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, generate_uid()
+        meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        slice_ = pydicom.Dataset()
+        slice_.file_meta = meta
+        slice_.SOPClassUID, slice_.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
+        slice_.StudyInstanceUID, slice_.SeriesInstanceUID, slice_.FrameOfReferenceUID = study, series, frame
+        slice_.Modality, slice_.PatientName, slice_.PatientID = "CT", "Phantom", "0"
+        slice_.InstanceNumber = numbers[k] if numbers else k + 1
+        slice_.ImagePositionPatient = [float(f"{x:.6g}") for x in lps[:3, 3] + k * lps[:3, 2]]
+        slice_.ImageOrientationPatient = [float(f"{x:.9g}") for x in (*(lps[:3, 0] / step[0]), *(lps[:3, 1] / step[1]))]
+        slice_.PixelSpacing = [step[1], step[0]]  # between rows, between columns
+        slice_.SliceThickness = step[2]
+        slice_.Rows, slice_.Columns = volume.shape[1], volume.shape[0]
+        slice_.SamplesPerPixel, slice_.PhotometricInterpretation = 1, "MONOCHROME2"
+        slice_.BitsAllocated, slice_.BitsStored, slice_.HighBit, slice_.PixelRepresentation = 16, 16, 15, 0
+        slice_.RescaleIntercept, slice_.RescaleSlope = -1024, 1
+        slice_.PixelData = (volume[:, :, k].T + 1024).astype(np.uint16).tobytes()
+        files.append(folder / f"slice_{(7 * k) % volume.shape[2]:03d}.dcm")  # names tell nothing of the order
+        slice_.save_as(files[-1], enforce_file_format=True)
+    return files

@@ -35,7 +35,7 @@ from scripts.benchmark.networks import build_network
 from scripts.datafolder import channel_count, class_names, image_list
 from scripts.phantom import PHANTOM_CLASSES, make_phantom
 from tests.conftest import BUNDLE_ROOT, TINY
-from tests.lookalikes import make_tree
+from tests.lookalikes import make_tree, write_series
 
 CONFIGS = BUNDLE_ROOT / "configs"
 NETWORKS = sorted(f"networks/{file.name}" for file in (CONFIGS / "networks").iterdir())
@@ -107,6 +107,37 @@ def test_train_evaluate_infer(trained):
         assert np.array_equal(made.affine, given.affine)
         assert np.unique(made.dataobj).max() < 5
     assert len(list((inferred / "pictures").glob("*_overlay.png"))) == 2
+    cases = json.loads((inferred / "cases.json").read_text())
+    assert set(cases) == {image.name for image in (trained.data / "imagesTs").iterdir()}
+    for name, case in cases.items():
+        made = nib.load(inferred / name.replace(".nii.gz", "_seg.nii.gz"))
+        voxels = np.bincount(np.asarray(made.dataobj).ravel(), minlength=5)[1:]
+        expected = voxels * np.abs(np.linalg.det(made.affine[:3, :3])) / 1000
+        assert list(case["volumes_ml"]) == list(PHANTOM_CLASSES[1:5]) and case["seconds"] > 0
+        np.testing.assert_allclose(list(case["volumes_ml"].values()), expected, atol=1e-3)
+
+
+def test_files_and_dicom_series_as_input(tmp_path, trained, run_bundle):
+    """A NIfTI file and the same volume as a DICOM series, in one call, get the same label map."""
+    source = sorted((trained.data / "imagesTs").iterdir())[0]
+    image = nib.as_closest_canonical(nib.load(source))
+    values = np.rint(image.get_fdata()).astype(np.int16)
+    nib.save(nib.Nifti1Image(values, image.affine), tmp_path / "volume.nii.gz")
+    to_dicom = np.array([[-1, 0, 0, values.shape[0] - 1], [0, -1, 0, values.shape[1] - 1], [0, 0, 1, 0], [0, 0, 0, 1]])
+    write_series(tmp_path / "series", values[::-1, ::-1], image.affine @ to_dicom)
+    overrides = {key: value for key, value in INFERENCE.items() if key != "dataset_dir"}
+    overrides |= {"input": [str(tmp_path / "volume.nii.gz"), str(tmp_path / "series")], "ckpt_dir": trained.models}
+    overrides |= {"class_names": list(PHANTOM_CLASSES[:5]), "output_dir": tmp_path / "out"}
+    result = run_bundle(["inference", "tasks/phantom.yaml"], **overrides)
+    assert result.returncode == 0, result.stderr[-3000:]
+    one, other = (
+        nib.as_closest_canonical(nib.load(tmp_path / "out" / f"{name}_seg.nii.gz")) for name in ("volume", "series")
+    )
+    np.testing.assert_allclose(one.affine, other.affine, atol=1e-3)
+    assert one.get_data_dtype() == other.get_data_dtype() == np.uint8
+    assert np.mean(np.asarray(one.dataobj) == np.asarray(other.dataobj)) > 0.999
+    cases = json.loads((tmp_path / "out" / "cases.json").read_text())
+    assert set(cases) == {"volume.nii.gz", "series"}
 
 
 def test_evaluation_is_on_the_original_grid(trained):
