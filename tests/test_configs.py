@@ -22,6 +22,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 import torch
 from ignite.engine import Events
@@ -117,6 +118,25 @@ def test_train_evaluate_infer(trained):
         np.testing.assert_allclose(list(case["volumes_ml"].values()), expected, atol=1e-3)
 
 
+def test_probabilities(tmp_path, trained, run_bundle):
+    image = sorted((trained.data / "imagesTs").iterdir())[0]
+    overrides = {**INFERENCE, "input": image, "dataset_dir": trained.data, "ckpt_dir": trained.models}
+    zooms = nib.as_closest_canonical(nib.load(image)).header.get_zooms()
+    overrides["spacing"] = [float(step) for step in zooms]  # so that nothing is resampled
+    configs = ["inference", "tasks/phantom.yaml", "options/probabilities.yaml"]
+    result = run_bundle(configs, **overrides, output_dir=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    given = nib.load(image)
+    label, probability = (
+        nib.load(tmp_path / image.name.replace(".nii.gz", f"_{name}.nii.gz")) for name in ("seg", "prob")
+    )
+    values = np.asarray(probability.dataobj)
+    assert values.dtype == np.float32 and values.shape == (*given.shape, 5)
+    np.testing.assert_allclose(probability.affine, given.affine)
+    np.testing.assert_allclose(values.sum(-1), 1, atol=1e-4)
+    assert np.mean(values.argmax(-1) == np.asarray(label.dataobj)) > 0.9999
+
+
 def test_files_and_dicom_series_as_input(tmp_path, trained, run_bundle):
     """A NIfTI file and the same volume as a DICOM series, in one call, get the same label map."""
     source = sorted((trained.data / "imagesTs").iterdir())[0]
@@ -138,6 +158,9 @@ def test_files_and_dicom_series_as_input(tmp_path, trained, run_bundle):
     assert np.mean(np.asarray(one.dataobj) == np.asarray(other.dataobj)) > 0.999
     cases = json.loads((tmp_path / "out" / "cases.json").read_text())
     assert set(cases) == {"volume.nii.gz", "series"}
+    assert [file.name for file in (tmp_path / "out").glob("*.dcm")] == ["series_seg.dcm"]
+    segments = pydicom.dcmread(tmp_path / "out" / "series_seg.dcm").SegmentSequence
+    assert [segment.SegmentLabel for segment in segments] == list(PHANTOM_CLASSES[1:5])
 
 
 def test_evaluation_is_on_the_original_grid(trained):
@@ -481,6 +504,7 @@ def test_overlays_change_what_is_there(overlay):
     added |= {"train#trainer#train_handlers", "validate#evaluator#val_handlers"}
     added |= {"network_def#block", "network_def#downsample_conv"}  # the paper's ablations
     added |= {"network_def#deep_supervision", "label_map", "label_names"}
+    added |= {"probability", "save_probability", "postprocessing#transforms"}
     added |= {"ema", "ema_momentum", "max_gradient_norm", "warm_up_epochs", "ensemble", "num_networks"}
     base = ConfigParser(ConfigParser.load_config_file(CONFIGS / "train.json"))
     keys = [key.removeprefix("+") for key in ConfigParser.load_config_file(CONFIGS / overlay)]  # "+" adds to a list

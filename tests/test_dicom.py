@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import highdicom
 import nibabel as nib
 import numpy as np
 import pydicom
@@ -25,6 +26,7 @@ from pydicom.uid import generate_uid
 
 from scripts.datafolder import image_list
 from scripts.dicom import check_series, series_folders
+from scripts.dicom_seg import dicom_segmentation
 from tests.lookalikes import write_series
 
 
@@ -76,6 +78,37 @@ def test_folders_of_series(tmp_path):
     assert [case["image"] for case in image_list(tmp_path)] == [str(tmp_path / "a"), str(tmp_path / "b")]
     (tmp_path / "a" / ".DS_Store").write_text("hidden")
     assert len(image_list([tmp_path / "a"])) == 1
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("kind", ["sagittal", "oblique"])
+def test_a_segmentation_refers_to_the_slices_it_lies_on(kind, backwards, tmp_path):
+    numbers = list(range(9, 0, -1)) if backwards else None
+    write_series(tmp_path / "series", volume(), affine_of(kind), numbers)
+    image = LoadImage(image_only=True, ensure_channel_first=True)(tmp_path / "series")
+    label = MetaTensor((image > 800).float() + (image > 1300).float() * 2, affine=image.affine)  # 0, 1, 3
+    segmentation = dicom_segmentation(label, tmp_path / "series", ["background", "one", "", "three"], "1.2.3")
+    segmentation.save_as(tmp_path / "seg.dcm")
+    found = highdicom.seg.segread(tmp_path / "seg.dcm")
+    assert found.Modality == "SEG" and found.number_of_segments == 2
+    assert [found.get_segment_description(n).segment_label for n in (1, 2)] == ["one", "three"]
+    assert found.FrameOfReferenceUID == pydicom.dcmread(next((tmp_path / "series").iterdir())).FrameOfReferenceUID
+    for file in (tmp_path / "series").iterdir():  # each slice's own pixels, above the same thresholds
+        slice_ = pydicom.dcmread(file)
+        values = slice_.pixel_array.astype(int) - 1024
+        (plane,) = found.get_pixels_by_source_instance([slice_.SOPInstanceUID], combine_segments=True)
+        np.testing.assert_array_equal(plane, (values > 800) * 1 + (values > 1300) * 1)
+
+
+def test_a_segmentation_of_nothing(tmp_path):
+    write_series(tmp_path / "series", volume(), affine_of("axial"))
+    image = LoadImage(image_only=True, ensure_channel_first=True)(tmp_path / "series")
+    empty = dicom_segmentation(image * 0, tmp_path / "series", ["background", "one"], "1.2.3")
+    assert not empty.pixel_array.any()
+    with pytest.raises(ValueError, match="no class has a name"):
+        dicom_segmentation(image * 0, tmp_path / "series", ["background"], "1.2.3")
+    with pytest.raises(ValueError, match="are not those of"):
+        dicom_segmentation(image[:, 1:], tmp_path / "series", ["background", "one"], "1.2.3")
 
 
 def spoil(kind: str, folder: Path, files: list[Path]) -> None:
