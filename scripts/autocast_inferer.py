@@ -31,17 +31,20 @@ class _SmallVolumesInFloat32(TorchFunctionMode):
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in (torch.conv3d, torch.conv_transpose3d) and min(args[0].shape[2:]) <= 8:
-            with torch.autocast("cpu", enabled=False):
-                return func(*(a.float() if isinstance(a, torch.Tensor) else a for a in args), **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in (torch.conv3d, torch.conv_transpose3d):
+            volume, weight = (args[k] if len(args) > k else kwargs[name] for k, name in enumerate(("input", "weight")))
+            if min(volume.shape[2:]) <= max(8, *weight.shape[2:]):
+                with torch.autocast("cpu", enabled=False):
+                    return func(*map(_to_float32, args), **{key: _to_float32(value) for key, value in kwargs.items()})
+        return func(*args, **kwargs)
 
 
 @contextmanager
 def autocast(device_type: str, dtype: torch.dtype | None) -> Iterator[None]:
     """
-    ``torch.autocast`` for any network: on a CPU convolutions of volumes of 8 voxels along an axis, or fewer, stay in
-    float32, where oneDNN's bfloat16 gradients are wrong.
+    ``torch.autocast`` for networks that are no TorchScript: on a CPU convolutions of volumes of 8 voxels along an axis,
+    or fewer, stay in float32, where oneDNN's bfloat16 gradients are wrong.
 
     Args:
         device_type: "cuda", "cpu" or "mps".

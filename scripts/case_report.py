@@ -30,9 +30,10 @@ __all__ = ["CaseReport"]
 class CaseReport:
     """
     Handler of an inference that writes, case by case, the volume of each class and how long the case took from reading
-    its file to writing its label map: to ``cases.json``, and a line of each to the log.
+    its file to writing its label map: to ``cases.json``, and a line of each to the log. The first case of a run has to
+    wait for what is compiled or loaded once. Cases of earlier runs stay in the file.
 
-    It takes the label maps as the engine's postprocessing leaves them, on the image's original grid.
+    It takes the label maps (1, D, H, W) as the engine's postprocessing leaves them, on the image's original grid.
 
     Args:
         output_dir: folder to write to.
@@ -63,7 +64,7 @@ class CaseReport:
         Args:
             engine: the evaluator.
         """
-        self._cases = {}
+        self._cases = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
 
     def batch_started(self, engine: Engine) -> None:
         """

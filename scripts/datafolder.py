@@ -22,23 +22,24 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from monai.utils import ensure_tuple
 
 from scripts.datalist import dataset_channels, dataset_classes, load_datalist
 from scripts.dicom import series_folders
 from scripts.layouts import layout_cases
+from scripts.output import IMAGE_SUFFIXES, case_name
 
 __all__ = ["channel_count", "class_names", "image_list"]
 
-_IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
 
-
-def class_names(dataset_dir: str | os.PathLike, default: Sequence[str]) -> list[str]:
+def class_names(places: str | os.PathLike | Sequence, default: Sequence[str]) -> list[str]:
     """Names of the classes, background first.
 
     Args:
-        dataset_dir: a data set's folder, or a folder of images in it, such as imagesTs.
+        places: a data set's folder, a folder of images in it, such as imagesTs, or an image there; or a list of such,
+            of which the first with a dataset.json tells.
         default: the names where there is no dataset.json.
 
     Returns:
@@ -47,15 +48,15 @@ def class_names(dataset_dir: str | os.PathLike, default: Sequence[str]) -> list[
     Raises:
         ValueError: When dataset.json is malformed.
     """
-    folder = _dataset_folder(dataset_dir)
+    folder = _dataset_folder(places)
     return list(default) if folder is None else list(dataset_classes(folder).values())
 
 
-def channel_count(dataset_dir: str | os.PathLike, default: int) -> int:
+def channel_count(places: str | os.PathLike | Sequence, default: int) -> int:
     """Number of image channels.
 
     Args:
-        dataset_dir: a data set's folder, or a folder of images in it, such as imagesTs.
+        places: as for :py:func:`class_names`.
         default: the number where there is no dataset.json.
 
     Returns:
@@ -64,11 +65,11 @@ def channel_count(dataset_dir: str | os.PathLike, default: int) -> int:
     Raises:
         ValueError: When dataset.json is malformed.
     """
-    folder = _dataset_folder(dataset_dir)
+    folder = _dataset_folder(places)
     return default if folder is None else dataset_channels(folder)
 
 
-def image_list(source: str | os.PathLike | Sequence[str], layout: str = "decathlon") -> list[dict]:
+def image_list(source: str | os.PathLike | Sequence, layout: str = "decathlon") -> list[dict]:
     """Volumes to run inference on.
 
     Args:
@@ -82,21 +83,24 @@ def image_list(source: str | os.PathLike | Sequence[str], layout: str = "decathl
 
     Raises:
         FileNotFoundError: When the file or folder does not exist, or holds no volume.
-        ValueError: When dataset.json is malformed, a file is no volume, a DICOM series has faults, or two volumes have
-            one name.
+        ValueError: When nothing is given, dataset.json is malformed, a file is no volume, a DICOM series has faults, or
+            two volumes have one name.
     """
-    if not isinstance(source, (str, os.PathLike)):
-        found = [case for one in source for case in image_list(one, layout)]
-        names = [_stem(case["image"]) for case in found]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:  # the second label map would take the place of the first
-            raise ValueError(f"two of the volumes are called {twice}: give them one by one, or rename one.")
-        return found
-    path = Path(os.path.abspath(os.path.expanduser(source)))
+    found = [case for one in _flat(source) for case in _volumes(one, layout)]
+    if not found:
+        raise ValueError("no volume is given: give --input a volume or a folder of volumes.")
+    names = [case_name(ensure_tuple(case["image"])[0]) for case in found]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:  # the second label map would take the place of the first
+        raise ValueError(f"two of the volumes are called {twice}: give them one at a time, each an --output_dir.")
+    return found
+
+
+def _volumes(path: Path, layout: str) -> list[dict]:
     if path.is_file():
-        if not path.name.endswith(_IMAGE_SUFFIXES):
+        if not path.name.lower().endswith(IMAGE_SUFFIXES):
             raise ValueError(
-                f"{path} is no volume to read ({', '.join(_IMAGE_SUFFIXES)}); of a DICOM series give its folder."
+                f"{path} is no volume to read ({', '.join(IMAGE_SUFFIXES)}); of a DICOM series give its folder."
             )
         return [{"image": str(path)}]
     if not path.is_dir():
@@ -111,26 +115,30 @@ def image_list(source: str | os.PathLike | Sequence[str], layout: str = "decathl
     if index.is_file() and json.loads(index.read_text(encoding="utf-8")).get("test"):
         return [{"image": item["image"]} for item in load_datalist(path, "test")]
     folder = path / "imagesTs" if (path / "imagesTs").is_dir() else path
-    images = sorted(
-        str(file) for file in folder.iterdir() if file.name.endswith(_IMAGE_SUFFIXES) and not file.name.startswith(".")
-    )
-    images = images or [str(series) for series in series_folders(folder)]
+    files = (file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    images = sorted(str(file) for file in files if file.name.lower().endswith(IMAGE_SUFFIXES))
+    images += [str(series) for series in series_folders(folder)]
     if not images:
         raise FileNotFoundError(
-            f"{folder} holds no volume ({', '.join(_IMAGE_SUFFIXES)}, or a DICOM series): give --input a volume, a "
-            "folder of volumes, or a data set whose dataset.json lists test cases."
+            f"{folder} holds no volume ({', '.join(IMAGE_SUFFIXES)}, or DICOM files with their preamble): give --input "
+            "a volume, a folder of volumes, or a data set whose dataset.json lists test cases."
         )
     return [{"image": image} for image in images]
 
 
-def _stem(image: str | Sequence[str]) -> str:
-    name = os.path.basename(ensure_tuple(image)[0])
-    return next((name.removesuffix(suffix) for suffix in _IMAGE_SUFFIXES if name.endswith(suffix)), name)
+def _flat(places: Any) -> list[Path]:
+    """Absolute paths from one, or from a list of such lists. The command line makes a number of 20230101."""
+    if isinstance(places, (list, tuple)):
+        return [path for place in places for path in _flat(place)]
+    return [Path(os.path.abspath(os.path.expanduser(str(places))))]
 
 
-def _dataset_folder(dataset_dir: str | os.PathLike) -> Path | None:
-    """The folder that holds dataset.json: the one given, or the one around a folder of its images."""
-    folder = Path(os.path.abspath(os.path.expanduser(dataset_dir)))
-    if folder.name.startswith("images") and not (folder / "dataset.json").is_file():
-        folder = folder.parent
-    return folder if (folder / "dataset.json").is_file() else None
+def _dataset_folder(places: Any) -> Path | None:
+    """The first folder that holds dataset.json: one given, or the one around a folder of its images, or an image."""
+    for path in _flat(places):
+        folder = path.parent if path.is_file() else path
+        if folder.name.startswith("images") and not (folder / "dataset.json").is_file():
+            folder = folder.parent
+        if (folder / "dataset.json").is_file():
+            return folder
+    return None

@@ -11,32 +11,52 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from monai.utils import optional_import
 
-__all__ = ["check_series", "series_folders"]
+__all__ = ["check_series", "read_series", "series_folders"]
+
+_NEEDED = (
+    *("SeriesInstanceUID", "InstanceNumber", "Rows", "Columns"),
+    *("PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient"),
+)
 
 
 def series_folders(folder: str | os.PathLike) -> list[Path]:
     """
     Args:
-        folder: may be a DICOM series, one file for each slice, or hold such folders.
+        folder: may be a DICOM series, one file for each slice, or hold such folders at any depth.
 
     Returns:
-        the series that lie in it, checked, by name; none where there is no DICOM file.
+        the series that lie in it, checked, by name; none where there is no DICOM file. Of several, those with faults,
+        such as a localizer of one slice, are left out, and logged.
 
     Raises:
-        ValueError: When a series is none that can be read as one volume; see :py:func:`check_series`.
+        ValueError: When the folder itself is a series that cannot be read as one volume, or all that it holds are;
+            see :py:func:`check_series`.
     """
     folder = Path(folder)
-    candidates = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
-    found = [path for path in candidates if any(_is_dicom(file) for file in _files(path))]
+    if _has_slices(folder):
+        check_series(folder)
+        return [folder]
+    found = sorted(Path(path) for path, _, _ in os.walk(folder) if _has_slices(Path(path)))
+    fit, faults = [], []
     for path in found:
-        check_series(path)
-    return found
+        try:
+            check_series(path)
+            fit.append(path)
+        except ValueError as error:
+            faults.append(str(error))
+    if faults and not fit:
+        raise ValueError("; ".join(faults))
+    for fault in faults:
+        logging.getLogger(__name__).warning(f"A DICOM series is left out: {fault}")
+    return fit
 
 
 def check_series(folder: str | os.PathLike) -> None:
@@ -50,40 +70,70 @@ def check_series(folder: str | os.PathLike) -> None:
     Raises:
         ValueError: naming the folder or file that is at fault.
     """
-    pydicom, _ = optional_import("pydicom")
-    slices = []
-    for file in _files(Path(folder)):
+    folder = Path(folder)
+    inner = next((path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")), None)
+    if inner is not None:
+        raise ValueError(f"{folder} holds a folder, {inner.name}, besides slices: move it elsewhere.")
+    for file in _files(folder):
         if not _is_dicom(file):
             raise ValueError(f"{file} is no DICOM file, but the folder's others are: move it elsewhere.")
-        slices.append((file, pydicom.dcmread(file, stop_before_pixels=True)))
-    for file, header in slices:
-        for tag in ("InstanceNumber", "ImagePositionPatient", "ImageOrientationPatient", "SeriesInstanceUID"):
-            if tag not in header:
-                raise ValueError(f"{file} has no {tag}: it is no slice of a CT or MR series (or a multi-frame file).")
-    series = {str(header.SeriesInstanceUID) for _, header in slices}
+    slices = read_series(folder, stop_before_pixels=True)
+    series = {str(header.SeriesInstanceUID) for header in slices}
     if len(series) > 1:
         raise ValueError(f"{folder} holds {len(series)} DICOM series: put each into a folder of its own.")
-    shapes = {(header.Rows, header.Columns, *map(float, header.ImageOrientationPatient)) for _, header in slices}
-    if len(shapes) > 1:
-        raise ValueError(f"{folder}: the slices differ in their size or orientation.")
     if len(slices) < 2:
         raise ValueError(f"{folder} holds a single slice: give the folder of a whole series.")
-    slices.sort(key=lambda pair: int(pair[1].InstanceNumber))
-    orientation = np.array(slices[0][1].ImageOrientationPatient, dtype=float).reshape(2, 3)
-    positions = np.array([header.ImagePositionPatient for _, header in slices], dtype=float) @ np.cross(*orientation)
-    steps = np.diff(positions)
+    planes = np.array(
+        [
+            [header.Rows, header.Columns, *map(float, header.PixelSpacing), *map(float, header.ImageOrientationPatient)]
+            for header in slices
+        ]
+    )
+    if not np.allclose(planes, planes[0], rtol=0, atol=1e-4):
+        raise ValueError(f"{folder}: the slices differ in their size, spacing or orientation.")
+    positions = np.array([header.ImagePositionPatient for header in slices], dtype=float)
+    if len(np.unique(positions.round(3), axis=0)) < len(slices):
+        raise ValueError(f"{folder} holds several volumes of one place (time points, echoes): keep one of them.")
+    steps = np.diff(positions @ np.cross(planes[0, 4:7], planes[0, 7:]))
     usual = np.median(steps)
-    if usual == 0 or (np.abs(steps - usual) > 0.05 * abs(usual)).any():
+    if (np.abs(steps - usual) > 0.05 * abs(usual)).any():
         worst = int(np.abs(steps - usual).argmax())
         raise ValueError(
-            f"{folder}: slices are missing or out of order, {abs(steps[worst]):.2f} mm lie between "
-            f"{slices[worst][0].name} and {slices[worst + 1][0].name}, {abs(usual):.2f} mm between others."
+            f"{folder}: slices are missing or out of order, {abs(steps[worst]):.2f} mm lie between numbers "
+            f"{slices[worst].InstanceNumber} and {slices[worst + 1].InstanceNumber}, {abs(usual):.2f} mm elsewhere."
         )
 
 
+def read_series(folder: str | os.PathLike, **options: Any) -> list:
+    """
+    Args:
+        folder: with one file for each slice; needs pydicom.
+        **options: of ``pydicom.dcmread``.
+
+    Returns:
+        pydicom's data sets in the order in which MONAI's reader stacks them.
+
+    Raises:
+        ValueError: When a slice lacks what its place is known by.
+    """
+    dcmread, _ = optional_import("pydicom", name="dcmread")
+    slices = []
+    for file in _files(Path(folder)):
+        slices.append(dcmread(file, **options))
+        missing = [tag for tag in _NEEDED if slices[-1].get(tag) in (None, "")]
+        if missing:
+            raise ValueError(f"{file} has no {missing[0]}: it is no slice of a CT or MR series, or multi-frame.")
+    return sorted(slices, key=lambda header: int(header.InstanceNumber))
+
+
 def _files(folder: Path) -> list[Path]:
-    """Those that MONAI's reader would take."""
-    return sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    """Those that MONAI's reader would take for slices."""
+    files = (file for file in folder.iterdir() if file.is_file())
+    return sorted(file for file in files if not file.name.startswith(".") and file.name != "DICOMDIR")
+
+
+def _has_slices(folder: Path) -> bool:
+    return any(_is_dicom(file) for file in _files(folder))
 
 
 def _is_dicom(file: Path) -> bool:

@@ -16,13 +16,15 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.utils import optional_import
 
-from scripts.output import whole_file
+from scripts.dicom import read_series
+from scripts.output import case_name, whole_file
 
 __all__ = ["DicomSegmentations", "dicom_segmentation"]
 
@@ -82,12 +84,16 @@ class DicomSegmentations:
                 self.logger.warning(f"No DICOM SEG of {series.name}: pip install highdicom to get one.")
                 continue
             version = json.loads(Path(self.metadata).read_text(encoding="utf-8"))["version"]
-            segmentation = dicom_segmentation(output[self.pred_key], series, self.class_names, version)
-            with whole_file(self.output_dir / f"{series.name}_seg.dcm") as unfinished:
+            try:
+                segmentation = dicom_segmentation(output[self.pred_key], series, self.class_names, version)
+            except (AttributeError, TypeError, ValueError) as error:  # the series lacks what DICOM asks of it
+                self.logger.warning(f"No DICOM SEG of {series.name}: {error}")
+                continue
+            with whole_file(self.output_dir / f"{case_name(series)}_seg.dcm") as unfinished:
                 segmentation.save_as(unfinished)
 
 
-def dicom_segmentation(label: MetaTensor, series: str | os.PathLike, class_names: Sequence[str], version: str):
+def dicom_segmentation(label: MetaTensor, series: str | os.PathLike, class_names: Sequence[str], version: str) -> Any:
     """
     Args:
         label: label map (1, I, J, K) on the grid of the series as ``monai.transforms.LoadImage`` reads it, columns
@@ -105,16 +111,14 @@ def dicom_segmentation(label: MetaTensor, series: str | os.PathLike, class_names
     """
     highdicom, _ = optional_import("highdicom")
     codes, _ = optional_import("pydicom.sr.codedict", name="codes")
-    dcmread, _ = optional_import("pydicom", name="dcmread")
     names = {value: name for value, name in enumerate(class_names) if value and name}
     if not names:
         raise ValueError("no class has a name: a DICOM segmentation would be empty.")
-    slices = [dcmread(file) for file in sorted(Path(series).iterdir()) if not file.name.startswith(".")]
+    slices = read_series(series)
     for header in slices:
         for tag in _MAY_BE_EMPTY:
             if tag not in header:
                 setattr(header, tag, None)
-    slices.sort(key=lambda header: int(header.InstanceNumber))
     planes = np.asarray(label)[0].transpose(2, 1, 0)
     if planes.shape != (len(slices), slices[0].Rows, slices[0].Columns):
         raise ValueError(f"the label map's slices, {planes.shape}, are not those of {series}.")

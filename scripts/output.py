@@ -13,15 +13,49 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from monai.data.folder_layout import default_name_formatter
 
-__all__ = ["new_figure", "save_figure", "whole_file", "write_text"]
+__all__ = ["IMAGE_SUFFIXES", "case_name", "new_figure", "save_as_case", "save_figure", "whole_file", "write_text"]
+
+IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
+"""Of volumes, each in a file of its own."""
+
+
+def case_name(image: str | os.PathLike) -> str:
+    """
+    Args:
+        image: a volume's file, or the folder of a DICOM series.
+
+    Returns:
+        what files that belong to it are named after: its name without the suffix of a volume. Nothing else is cut off,
+        as folders of series are often named after identifiers with dots.
+    """
+    name = os.path.basename(os.path.normpath(image))
+    return next((name[: -len(suffix)] for suffix in IMAGE_SUFFIXES if name.lower().endswith(suffix)), name)
+
+
+def save_as_case(metadata: Mapping[str, Any], saver: Any) -> dict[str, Any]:
+    """
+    The ``output_name_formatter`` of MONAI's SaveImage that goes by :py:func:`case_name`; MONAI's own cuts off whatever
+    stands behind the last dot.
+
+    Args:
+        metadata: of the image.
+        saver: the transform.
+
+    Returns:
+        the arguments of the folder layout's ``filename``.
+    """
+    names = default_name_formatter(metadata, saver)
+    return {**names, "subject": case_name(names["subject"]) + ".nii"}
 
 
 def new_figure(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:

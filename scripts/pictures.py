@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from matplotlib.patheffects import withStroke
 from monai.data import MetaTensor
 from monai.transforms import LoadImage, Orientation
 
-from scripts.output import save_figure
+from scripts.output import case_name, save_figure
 
 __all__ = ["OverlayPictures", "draw_overlay"]
 
@@ -219,7 +218,7 @@ class OverlayPictures:
             if reference is not None:
                 reference = self._label_map(reference, image)
             image = self._to_ras(image)
-            name = _stem(file)
+            name = case_name(file)
             figure = draw_overlay(
                 image[0].numpy(), prediction, reference, image.pixdim.tolist(), self.class_names, title=name
             )
@@ -322,9 +321,3 @@ def _appearance(value: int) -> tuple[str, str]:
     """Colour and line style of a label value from 1."""
     cycle, index = divmod(value - 1, len(_COLORS))
     return _COLORS[index], _STYLES[cycle % len(_STYLES)]
-
-
-def _stem(file: str) -> str:
-    """Name of an image file without folder and suffix."""
-    name = os.path.basename(file)
-    return name[: -len(".nii.gz")] if name.endswith(".nii.gz") else os.path.splitext(name)[0]

@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -34,14 +35,19 @@ from packaging.specifiers import SpecifierSet
 
 __all__ = ["check_keys", "preflight", "version_differences"]
 
-_OF_RUN = set(inspect.signature(monai.bundle.run).parameters) - {"override"}
+_OF_RUN = {
+    name
+    for function in (monai.bundle.run, monai.bundle.ConfigWorkflow.__init__)
+    for name in inspect.signature(function).parameters
+} - {"self", "override"}
 _OF_TRACKING = {"tracking_uri", "experiment_name", "run_name", "save_execute_config"}
 
 
 def check_keys(arguments: Sequence[str] | None = None) -> None:
     """
     Refuse keys on the command line of ``python -m monai.bundle run`` that no config has: MONAI takes them without a
-    word, and the setting that was meant stays as it was. A new key that another one refers to (``@new_key``) is none.
+    word, and the setting that was meant stays as it was. A new key is let pass where something refers to it
+    (``@new_key``), below a component, whose argument it may be, and in a nested dictionary that has none like it.
 
     Args:
         arguments: a command line, its program first; default: this process's. Any other program's is let pass.
@@ -54,18 +60,20 @@ def check_keys(arguments: Sequence[str] | None = None) -> None:
         return
     given = _given(arguments[2:])
     if "args_file" in given:
-        given = ConfigParser.load_config_files(given["args_file"]) | given
+        given = ConfigParser.load_config_file(given["args_file"]) | given
     if "config_file" not in given:
         return
     config = ConfigParser.load_config_files(given["config_file"])
     allowed = _OF_RUN | (_OF_TRACKING if "tracking" in given else set())
-    values = [str(value) for value in given.values()]
+    referring = json.dumps([config, list(given.values())], default=str)
     faults = []
     for key in given.keys() - allowed:
+        negated = key.removeprefix("no") if given[key] is True else key  # fire: --noresume for --resume False
         known = _unknown_among(key.replace("::", "#"), config)
-        if known is not None and not any(f"@{key}" in value for value in values):
-            nearest = get_close_matches(key, known, n=1)
-            faults.append(f"--{key}" + (f" (did you mean --{nearest[0]}?)" if nearest else ""))
+        if known is None or negated in config or re.search(rf"[@%]{re.escape(key)}(?!\w)", referring):
+            continue
+        nearest = get_close_matches(key, known, n=1)
+        faults.append(f"--{key}" + (f" (did you mean --{nearest[0]}?)" if nearest else ""))
     if faults:
         files = given["config_file"]
         raise ValueError(
@@ -77,26 +85,32 @@ def check_keys(arguments: Sequence[str] | None = None) -> None:
 def _given(arguments: Sequence[str]) -> dict[str, Any]:
     """Values by key, as fire reads them."""
     parse, _ = optional_import("fire.parser", name="DefaultParseValue")
+    arguments = arguments[: arguments.index("--")] if "--" in arguments else arguments
     given: dict[str, Any] = {}
     for position, argument in enumerate(arguments):
-        if argument.startswith("--"):
-            key, equals, value = argument[2:].partition("=")
-            follows = arguments[position + 1] if position + 1 < len(arguments) else "True"
-            given[key] = parse(value if equals else "True" if follows.startswith("--") else follows)
+        if _is_key(argument):
+            key, equals, value = argument.lstrip("-").partition("=")
+            follows = arguments[position + 1 : position + 2]
+            bare = not equals and (not follows or _is_key(follows[0]))
+            given[key.replace("-", "_")] = True if bare else parse(value if equals else follows[0])
     return given
 
 
+def _is_key(argument: str) -> bool:
+    return re.match(r"--?[A-Za-z_]", argument) is not None
+
+
 def _unknown_among(key: str, config: Any) -> list[str] | None:
-    """Keys that are there instead of one that is not; None where it is, or may be an argument of a component."""
+    """Keys that are there instead of one that is not; None where it is, or may be meant."""
     parts = key.split("#")
     node = config
     for depth, part in enumerate(parts):
-        if not isinstance(node, (dict, list)):
-            return None  # a reference, say, to something that has it
+        if not isinstance(node, (dict, list)) or (depth > 0 and "_target_" in node) or part == "_meta_":
+            return None
         children = node if isinstance(node, dict) else dict(zip(map(str, range(len(node))), node))
         if part not in children:
-            argument = depth > 0 and part == parts[-1] and "_target_" in children
-            return None if argument else ["#".join([*parts[:depth], name]) for name in children]
+            new = depth > 0 and part == parts[-1] and isinstance(node, dict) and not get_close_matches(part, children)
+            return None if new else ["#".join([*parts[:depth], name]) for name in children]
         node = children[part]
     return None
 
@@ -119,6 +133,8 @@ def preflight(metadata: str | os.PathLike, device: Any, weights: str | None = No
         "weights": weights,
         "data": data,
     }
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+        return
     logger = logging.getLogger(__name__)
     logger.info("\n".join(["Preflight", *(f"  {key:<9} {text}" for key, text in lines.items() if text)]))
     for difference in version_differences(metadata):

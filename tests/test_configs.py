@@ -20,6 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import highdicom
 import nibabel as nib
 import numpy as np
 import pydicom
@@ -144,23 +145,34 @@ def test_files_and_dicom_series_as_input(tmp_path, trained, run_bundle):
     values = np.rint(image.get_fdata()).astype(np.int16)
     nib.save(nib.Nifti1Image(values, image.affine), tmp_path / "volume.nii.gz")
     to_dicom = np.array([[-1, 0, 0, values.shape[0] - 1], [0, -1, 0, values.shape[1] - 1], [0, 0, 1, 0], [0, 0, 0, 1]])
-    write_series(tmp_path / "series", values[::-1, ::-1], image.affine @ to_dicom)
+    write_series(tmp_path / "1.2.840.1", values[::-1, ::-1], image.affine @ to_dicom)
+    shutil.copy(trained.data / "dataset.json", tmp_path)  # names of the classes, beside what is given
     overrides = {key: value for key, value in INFERENCE.items() if key != "dataset_dir"}
-    overrides |= {"input": [str(tmp_path / "volume.nii.gz"), str(tmp_path / "series")], "ckpt_dir": trained.models}
-    overrides |= {"class_names": list(PHANTOM_CLASSES[:5]), "output_dir": tmp_path / "out"}
+    overrides |= {"input": [str(tmp_path / "volume.nii.gz"), str(tmp_path / "1.2.840.1")], "ckpt_dir": trained.models}
+    overrides["output_dir"] = tmp_path / "out"
     result = run_bundle(["inference", "tasks/phantom.yaml"], **overrides)
     assert result.returncode == 0, result.stderr[-3000:]
     one, other = (
-        nib.as_closest_canonical(nib.load(tmp_path / "out" / f"{name}_seg.nii.gz")) for name in ("volume", "series")
+        nib.as_closest_canonical(nib.load(tmp_path / "out" / f"{name}_seg.nii.gz")) for name in ("volume", "1.2.840.1")
     )
     np.testing.assert_allclose(one.affine, other.affine, atol=1e-3)
     assert one.get_data_dtype() == other.get_data_dtype() == np.uint8
     assert np.mean(np.asarray(one.dataobj) == np.asarray(other.dataobj)) > 0.999
     cases = json.loads((tmp_path / "out" / "cases.json").read_text())
-    assert set(cases) == {"volume.nii.gz", "series"}
-    assert [file.name for file in (tmp_path / "out").glob("*.dcm")] == ["series_seg.dcm"]
-    segments = pydicom.dcmread(tmp_path / "out" / "series_seg.dcm").SegmentSequence
-    assert [segment.SegmentLabel for segment in segments] == list(PHANTOM_CLASSES[1:5])
+    assert set(cases) == {"volume.nii.gz", "1.2.840.1"}
+    segmentation = highdicom.seg.segread(tmp_path / "out" / "1.2.840.1_seg.dcm")
+    assert [segment.SegmentLabel for segment in segmentation.SegmentSequence] == list(PHANTOM_CLASSES[1:5])
+    labels = np.asarray(nib.load(tmp_path / "out" / "1.2.840.1_seg.nii.gz").dataobj)
+    assert labels.any()
+    for file in (tmp_path / "1.2.840.1").iterdir():
+        header = pydicom.dcmread(file, stop_before_pixels=True)
+        (plane,) = segmentation.get_pixels_by_source_instance(
+            [header.SOPInstanceUID],
+            combine_segments=True,
+            ignore_spatial_locations=True,
+            assert_missing_frames_are_empty=True,
+        )
+        np.testing.assert_array_equal(plane.T, labels[:, :, header.InstanceNumber - 1])
 
 
 def test_evaluation_is_on_the_original_grid(trained):

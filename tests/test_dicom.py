@@ -27,6 +27,7 @@ from pydicom.uid import generate_uid
 from scripts.datafolder import image_list
 from scripts.dicom import check_series, series_folders
 from scripts.dicom_seg import dicom_segmentation
+from scripts.output import case_name
 from tests.lookalikes import write_series
 
 
@@ -69,15 +70,31 @@ def test_a_series_lies_where_its_nifti_lies(kind, backwards, tmp_path):
     np.testing.assert_array_equal(found, expected)
 
 
-def test_folders_of_series(tmp_path):
-    for name in ("b", "a"):
-        write_series(tmp_path / name, volume(), affine_of("axial"))
-    (tmp_path / "notes").mkdir()
+def test_a_folder_as_a_scanner_exports_it(tmp_path, caplog):
+    for name in ("study/1.2.840.2", "study/1.2.840.1", "localizer"):
+        files = write_series(tmp_path / name, volume(), affine_of("axial"))
+    for file in files[1:]:
+        file.unlink()
+    (tmp_path / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
+    (tmp_path / "study" / "1.2.840.1" / ".DS_Store").write_text("hidden")
     (tmp_path / "readme.txt").write_text("no volume")
-    assert [path.name for path in series_folders(tmp_path)] == ["a", "b"]
-    assert [case["image"] for case in image_list(tmp_path)] == [str(tmp_path / "a"), str(tmp_path / "b")]
-    (tmp_path / "a" / ".DS_Store").write_text("hidden")
-    assert len(image_list([tmp_path / "a"])) == 1
+    series = [tmp_path / "study" / name for name in ("1.2.840.1", "1.2.840.2")]
+    assert series_folders(tmp_path) == series
+    assert "left out" in caplog.text and "localizer holds a single slice" in caplog.text
+    assert [case_name(path) for path in series] == ["1.2.840.1", "1.2.840.2"]
+    nib.save(nib.Nifti1Image(volume().astype(np.int16), np.eye(4)), tmp_path / "volume.nii.gz")
+    expected = [str(tmp_path / "volume.nii.gz"), *map(str, series)]
+    assert [case["image"] for case in image_list(tmp_path)] == expected
+    assert len(image_list([tmp_path / "volume.nii.gz", [series[0]]])) == 2
+
+
+def test_volumes_of_one_name_are_refused(tmp_path):
+    for name in ("a.nii", "a.nii.gz"):
+        nib.save(nib.Nifti1Image(volume().astype(np.int16), np.eye(4)), tmp_path / name)
+    with pytest.raises(ValueError, match="two of the volumes are called a"):
+        image_list(tmp_path)
+    with pytest.raises(ValueError, match="no volume is given"):
+        image_list([])
 
 
 @pytest.mark.parametrize("backwards", [False, True])
@@ -86,7 +103,7 @@ def test_a_segmentation_refers_to_the_slices_it_lies_on(kind, backwards, tmp_pat
     numbers = list(range(9, 0, -1)) if backwards else None
     write_series(tmp_path / "series", volume(), affine_of(kind), numbers)
     image = LoadImage(image_only=True, ensure_channel_first=True)(tmp_path / "series")
-    label = MetaTensor((image > 800).float() + (image > 1300).float() * 2, affine=image.affine)  # 0, 1, 3
+    label = MetaTensor((image > 0).float() + (image > 800).float() + (image > 1300).float(), affine=image.affine)
     segmentation = dicom_segmentation(label, tmp_path / "series", ["background", "one", "", "three"], "1.2.3")
     segmentation.save_as(tmp_path / "seg.dcm")
     found = highdicom.seg.segread(tmp_path / "seg.dcm")
@@ -97,7 +114,7 @@ def test_a_segmentation_refers_to_the_slices_it_lies_on(kind, backwards, tmp_pat
         slice_ = pydicom.dcmread(file)
         values = slice_.pixel_array.astype(int) - 1024
         (plane,) = found.get_pixels_by_source_instance([slice_.SOPInstanceUID], combine_segments=True)
-        np.testing.assert_array_equal(plane, (values > 800) * 1 + (values > 1300) * 1)
+        np.testing.assert_array_equal(plane, np.where(values > 1300, 2, (values > 0) & (values <= 800)))  # no name: 2
 
 
 def test_a_segmentation_of_nothing(tmp_path):
@@ -119,29 +136,44 @@ def spoil(kind: str, folder: Path, files: list[Path]) -> None:
             file.unlink()
     elif kind == "stray":
         (folder / "report.pdf").write_bytes(b"%PDF" + bytes(200))
+    elif kind == "folder":
+        (folder / "previews").mkdir()
     else:
         changed = pydicom.dcmread(files[3])
         if kind == "other series":
             changed.SeriesInstanceUID = generate_uid()
         elif kind == "order":
             changed.InstanceNumber = 99
+        elif kind == "empty number":
+            changed.InstanceNumber = None
         elif kind == "size":
             changed.Rows = 5
+        elif kind == "spacing":
+            changed.PixelSpacing = [3.0, 3.0]
+        elif kind == "no spacing":
+            del changed.PixelSpacing
         elif kind == "no position":
-            del changed.ImagePositionPatient
+            changed.ImagePositionPatient = None
+        elif kind == "two volumes":
+            changed.ImagePositionPatient = pydicom.dcmread(files[4]).ImagePositionPatient
         changed.save_as(files[3])
 
 
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("missing", r"missing or out of order, 5\.00 mm lie between .* 2\.50 mm between others"),
+        ("missing", r"missing or out of order, 5\.00 mm lie between numbers 4 and 6, 2\.50 mm elsewhere"),
         ("order", "missing or out of order"),
         ("single", "a single slice"),
         ("stray", r"report\.pdf is no DICOM file"),
+        ("folder", "holds a folder, previews, besides slices"),
         ("other series", "holds 2 DICOM series"),
-        ("size", "differ in their size or orientation"),
+        ("size", "differ in their size, spacing or orientation"),
+        ("spacing", "differ in their size, spacing or orientation"),
+        ("no spacing", "has no PixelSpacing"),
+        ("empty number", "has no InstanceNumber"),
         ("no position", "has no ImagePositionPatient"),
+        ("two volumes", "several volumes of one place"),
     ],
 )
 def test_faults_of_a_series_are_named(kind, message, tmp_path):
@@ -151,3 +183,11 @@ def test_faults_of_a_series_are_named(kind, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         image_list(tmp_path / "series")
     assert str(tmp_path / "series") in str(error.value)
+
+
+def test_orientations_may_be_rounded(tmp_path):
+    for k, file in enumerate(write_series(tmp_path / "series", volume(), affine_of("oblique"))):
+        slice_ = pydicom.dcmread(file)
+        slice_.ImageOrientationPatient = [float(x) + 1e-6 * k for x in slice_.ImageOrientationPatient]
+        slice_.save_as(file)
+    check_series(tmp_path / "series")

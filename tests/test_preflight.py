@@ -35,6 +35,9 @@ TRAIN = ["--config_file", "['configs/train.json','configs/tasks/phantom.yaml']"]
         (["--augmentation#9#prob", "1"], "--augmentation#9#prob"),
         (["--augmentation#1#prob#x", "1", "--xyzzy", "2"], r"json, configs/tasks/phantom\.yaml: --xyzzy\.$"),
         (["--run_name", "a"], "--run_name"),
+        (["-datasetdir", "x"], r"--datasetdir \(did you mean --dataset_dir\?\)"),
+        (["--check", "1", "--sw_overlap", "@check_data"], "--check "),
+        (["--noresum"], r"--noresum \(did you mean --resume\?\)"),
     ],
 )
 def test_unknown_keys_are_refused(options, message, bundle_root, monkeypatch):
@@ -51,6 +54,10 @@ def test_unknown_keys_are_refused(options, message, bundle_root, monkeypatch):
         ["--network_def#dropout", "0.1"],  # an argument that a component may have
         ["--sigma", "3", "--augmentation#1#std", "@sigma"],  # a key of one's own that is used
         ["--tracking", "mlflow", "--run_name", "a"],
+        ["--max-epochs", "7", "--noresume", "--flip_prob", "-1", "--pretrained=--odd"],
+        ["--x", "3", "--max_epochs", "%x"],
+        ["--validate#additional_metrics#surface", "@validate#key_metric", "--train#handlers#0#own#deeper", "1"],
+        ["--workflow_type", "train", "--_meta_#version", "1", "--", "--verbose"],
         ["--meta_file", "configs/metadata.json", "--logging_file", "configs/logging.conf", "--run_id", "run"],
     ],
 )
@@ -61,7 +68,7 @@ def test_known_keys_pass(options, bundle_root, monkeypatch):
 
 def test_keys_of_a_file_of_arguments(bundle_root, tmp_path, monkeypatch):
     monkeypatch.chdir(bundle_root)
-    arguments = {"config_file": ["configs/inference.json"], "sw_overlap": 0.5}
+    arguments = {"config_file": ["configs/inference.json"], "sw_overlap": 0.5, "network_def#d_state": 8}
     (tmp_path / "good.json").write_text(json.dumps(arguments))
     check_keys([PROGRAM, "run", "--args_file", str(tmp_path / "good.json")])
     (tmp_path / "bad.json").write_text(json.dumps({**arguments, "sw_overlp": 0.5}))
@@ -85,7 +92,12 @@ def test_the_pages_name_keys_that_there_are(bundle_root, monkeypatch):
 def test_other_programs_are_let_pass():
     check_keys(["/venv/bin/pytest", "run", *TRAIN, "--datasetdir", "x"])
     check_keys([PROGRAM, "download", "--nme", "x"])
-    check_keys()  # this process's
+
+
+def test_a_key_that_an_overlay_refers_to_is_none_too_many(bundle_root, tmp_path):
+    (tmp_path / "mine.yaml").write_text('learning_rate: "@my_rate"')
+    files = f"['{bundle_root}/configs/train.json','{tmp_path}/mine.yaml']"
+    check_keys([PROGRAM, "run", "--config_file", files, "--my_rate", "0.1"])
 
 
 def test_a_slip_of_the_pen_is_one_clear_error(tmp_path, run_bundle):
