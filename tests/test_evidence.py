@@ -29,11 +29,12 @@ def test_the_page_shows_what_the_results_say(tmp_path):
     docs = tmp_path / "docs"
     shutil.copytree(EVIDENCE, docs / "evidence")
     shutil.copy(BUNDLE_ROOT / "docs" / "evidence.md", docs)
-    made = docs / "evidence" / "screening_report"
-    shutil.rmtree(made)
-    report(str(docs / "evidence" / "screening"), output_dir=str(made), reference="base")
-    for name in ("comparison.md", "comparison.csv", "runs.md"):
-        assert (made / name).read_text() == (EVIDENCE / "screening_report" / name).read_text(), name
+    for part, reference in (("screening", "base"), ("confirmation", "segresmamba")):
+        made = docs / "evidence" / f"{part}_report"
+        shutil.rmtree(made)
+        report(str(docs / "evidence" / part), output_dir=str(made), reference=reference)
+        for name in ("comparison.md", "comparison.csv", "runs.md"):
+            assert (made / name).read_text() == (EVIDENCE / made.name / name).read_text(), name
     page(str(docs / "evidence.md"))
     assert (docs / "evidence.md").read_text() == (BUNDLE_ROOT / "docs" / "evidence.md").read_text()
 
@@ -55,6 +56,7 @@ def test_the_costs_in_the_text_are_those_measured():
         ("Hippocampus", "base"),
         ("Hippocampus, wide", "wide"),
         ("Hippocampus, without the full-resolution skip", "without the full-resolution skip"),
+        ("Hippocampus, stem of stride 1", "stem of stride 1"),
     ):
         seconds = {row["network"]: row["training"]["median"] for row in rows if row["setup"] == name}
         others = [seconds[n] / seconds["segresmamba_text"] for n in ("segresmamba_without_tom", "segresnet")]
