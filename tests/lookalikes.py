@@ -17,8 +17,6 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import pydicom
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 __all__ = ["TASK_TREES", "make_tree", "write_series"]
 
@@ -116,6 +114,9 @@ def write_series(folder: Path, volume: np.ndarray, affine: np.ndarray, numbers: 
     A CT series of an (I, J, K) volume of whole numbers: a slice for each k, rows along j, columns along i, ``affine``
     from voxels to RAS.
     """
+    import pydicom  # here, as whoever has none collects the other tests all the same
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
     folder.mkdir(parents=True)
     lps = np.diag([-1, -1, 1, 1]) @ affine
     step = np.linalg.norm(lps[:3, :3], axis=0)

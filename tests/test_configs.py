@@ -20,10 +20,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import highdicom
 import nibabel as nib
 import numpy as np
-import pydicom
 import pytest
 import torch
 from ignite.engine import Events
@@ -140,6 +138,7 @@ def test_probabilities(tmp_path, trained, run_bundle):
 
 def test_files_and_dicom_series_as_input(tmp_path, trained, run_bundle):
     """A NIfTI file and the same volume as a DICOM series, in one call, get the same label map."""
+    pydicom, highdicom = (pytest.importorskip(name) for name in ("pydicom", "highdicom"))
     source = sorted((trained.data / "imagesTs").iterdir())[0]
     image = nib.as_closest_canonical(nib.load(source))
     values = np.rint(image.get_fdata()).astype(np.int16)

@@ -15,20 +15,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import highdicom
 import nibabel as nib
 import numpy as np
-import pydicom
 import pytest
 from monai.data import MetaTensor
 from monai.transforms import LoadImage, Orientation
-from pydicom.uid import generate_uid
 
 from scripts.datafolder import image_list
 from scripts.dicom import check_series, series_folders
 from scripts.dicom_seg import dicom_segmentation
 from scripts.output import case_name
 from tests.lookalikes import write_series
+
+pydicom, highdicom = (pytest.importorskip(name) for name in ("pydicom", "highdicom"))
 
 
 def affine_of(kind: str) -> np.ndarray:
@@ -141,7 +140,7 @@ def spoil(kind: str, folder: Path, files: list[Path]) -> None:
     else:
         changed = pydicom.dcmread(files[3])
         if kind == "other series":
-            changed.SeriesInstanceUID = generate_uid()
+            changed.SeriesInstanceUID = pydicom.uid.generate_uid()
         elif kind == "order":
             changed.InstanceNumber = 99
         elif kind == "empty number":
