@@ -165,6 +165,7 @@ def task_overlay(found: Statistics, dataset_dir: str | os.PathLike, memory_gb: f
         *_rotation_lines(stem),
         f"# SegResMamba's {width} width: full where it leaves room for half the median image or 96 x 96 x 96 voxels.",
         *(f"{key}: {json.dumps(value)}" for key, value in WIDTHS[width].items()),
+        "learning_rate: 0.001  # top of the one cycle, AdamW; the compact hippocampus network bears 0.003",
         f"patch_size: {patch}  # voxels; the median image{_cropped(found)} has {_list(median)} at this spacing",
         f"batch_size: {batch}  # a step takes about {need:.1f} GB by docs/benchmarks/memory.json (float32, CPU)",
         f"max_epochs: {epochs}  # {_STEPS:,} steps with one fold held out, as many as the paper's on BTCV",

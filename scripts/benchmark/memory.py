@@ -25,7 +25,7 @@ WIDTHS: dict[str, dict[str, Any]] = {
     "compact": {"channels": [16, 32, 64, 128], "depths": [1, 1, 1, 1], "stage_conv": False, "full_resolution_skip": 16},
     "full": {"channels": [48, 96, 192, 384], "depths": [1, 1, 1, 1], "stage_conv": False, "full_resolution_skip": 16},
 }
-"""SegResMamba's widths: the plain configs' and the paper's, both with a full-resolution path."""
+"""SegResMamba's widths: a third of the paper's and the paper's, both with a full-resolution path."""
 
 
 def memory(
