@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+LABEL_VENV ?= .venv-label
 # For example: make test PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_OPTIONS ?=
 DEMO ?= demo
@@ -14,16 +15,17 @@ TESTABLE := $(VENV)/.testable
 BUNDLE := $(BIN)/python -m monai.bundle run
 TASK := configs/tasks/phantom.yaml
 
-.PHONY: help demo test lint bench gpu-bench clean
+.PHONY: help demo test label-test lint bench gpu-bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   train, evaluate and infer on synthetic phantoms; prints Dice and the paths of pictures"
 	@echo "make test   all tests"
+	@echo "make label-test  the bundle in a real MONAI Label server; needs 4 GB of disk, and the hippocampus data"
 	@echo "make lint   style and types"
 	@echo "make bench  what the scan engines and the networks cost on this CPU; writes docs/benchmarks"
 	@echo "make gpu-bench  the same on a CUDA GPU, beside MONAI's networks"
-	@echo "make clean  remove $(DEMO)/, caches and $(VENV)/"
+	@echo "make clean  remove $(DEMO)/, caches, $(VENV)/ and $(LABEL_VENV)/"
 
 $(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=...")'
@@ -50,6 +52,16 @@ $(TESTABLE): $(INSTALLED)
 test: $(TESTABLE)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests
 
+# By the environment variable the constraints also hold where pip builds a package.
+$(LABEL_VENV)/.installed: tests/monai_label_constraints.txt
+	$(PYTHON) -m venv $(LABEL_VENV)
+	PIP_CONSTRAINT=$(CURDIR)/$< SAM2_BUILD_CUDA=0 $(LABEL_VENV)/bin/python -m pip install $(PIP_OPTIONS) \
+		torch torchvision monailabel==0.8.5 monai==1.6.1 numba
+	@touch $@
+
+label-test: $(TESTABLE) $(LABEL_VENV)/.installed
+	SEGRESMAMBA_LABEL_VENV=$(LABEL_VENV) $(BIN)/python -m pytest -q tests/test_monai_label.py
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check scripts tests
 	$(BIN)/ruff format --check scripts tests
@@ -63,5 +75,5 @@ gpu-bench: $(INSTALLED)
 	$(BIN)/python -m scripts.benchmark gpu
 
 clean:
-	rm -rf $(DEMO) $(VENV) .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(DEMO) $(VENV) $(LABEL_VENV) .pytest_cache .ruff_cache .mypy_cache
 	find scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +

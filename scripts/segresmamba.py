@@ -249,6 +249,8 @@ class SegResMamba(nn.Module):
             for small structures.
         deep_supervision: in training, also return the logits of the decoder's levels, at their own sizes; not in the
             paper.
+        dropout: probability with which each channel of a level's output is zeroed in training; not in the paper. MONAI
+            Label sets it for the uncertainty by which it ranks unlabelled volumes.
         scan_engine: name of a scan engine or ``"auto"``, see :py:func:`scripts.selective_scan.selective_scan`.
         use_checkpoint: activation checkpointing of the mixed blocks: less training memory, more time.
 
@@ -283,6 +285,7 @@ class SegResMamba(nn.Module):
         stem_stride: int | Sequence[int] = 2,
         full_resolution_skip: int = 0,
         deep_supervision: bool = False,
+        dropout: float = 0.0,
         scan_engine: str = "auto",
         use_checkpoint: bool = False,
     ) -> None:
@@ -318,6 +321,7 @@ class SegResMamba(nn.Module):
             ConvMambaMixedBlock(c, depth, stage_conv, tom) if block == "cmmb" else GatedSpatialConvBlock(c, depth, tom)
             for c, depth in zip(channels, depths)
         )
+        self.dropout = nn.Dropout3d(dropout)
         self.skips = nn.ModuleList(ChannelMLP(c) for c in channels)
         self.up_stages = nn.ModuleList(_UpStage(b, a) for a, b in zip(channels[-2::-1], channels[:0:-1]))
         if full_resolution_skip:
@@ -354,6 +358,7 @@ class SegResMamba(nn.Module):
                 y = _run(partial(checkpoint, block, use_reentrant=False), y)
             else:
                 y = _run(block, y)
+            y = self.dropout(y)
             skips.append(_run(skip, y))
         y = skips.pop()
         levels: list[torch.Tensor] = []

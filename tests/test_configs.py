@@ -527,7 +527,7 @@ def test_shared_keys_agree():
     """What train.json and inference.json both say is the same, where it belongs to network and preprocessing."""
     train = ConfigParser.load_config_file(CONFIGS / "train.json")
     inference = ConfigParser.load_config_file(CONFIGS / "inference.json")
-    own = {"imports", "data_check", "preflight", "num_workers", "precision", "sw_overlap", "sw_batch_size"}
+    own = {"imports", "data_check", "preflight", "num_workers", "precision", "sw_overlap", "sw_batch_size", "flip_axes"}
     own |= {"initialize", "run", "class_names", "in_channels"}  # those two go by inference's input first
     for key in set(train) & set(inference) - own:
         assert train[key] == inference[key], key
@@ -626,8 +626,9 @@ def test_damaged_image_stops_inference_before_it_starts(tmp_path, trained, run_b
     assert not list(tmp_path.glob("out/*.nii.gz"))
 
 
-def test_a_short_training_leaves_weights_too(tmp_path, phantom_dir, workflow):
-    overrides = {**TINY, "max_epochs": 1, "val_interval": 5, "dataset_dir": str(phantom_dir)}
+@pytest.mark.parametrize("key", ["max_epochs", "train#trainer#max_epochs"])  # the second is what MONAI Label sets
+def test_a_short_training_leaves_weights_too(key, tmp_path, phantom_dir, workflow):
+    overrides = {**TINY, "max_epochs": 8, key: 1, "val_interval": 5, "dataset_dir": str(phantom_dir)}
     workflow(["train", "tasks/phantom.yaml"], **overrides, output_dir=str(tmp_path), ckpt_dir=str(tmp_path)).run()
     assert (tmp_path / "model.pt").is_file()
 

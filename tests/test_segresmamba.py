@@ -286,6 +286,15 @@ class TestOptionsMakeADifference:
     def test_other_parameters(self, options):
         assert parameter_counts(make()) != parameter_counts(make(**options))
 
+    def test_dropout(self):
+        """Off in evaluation; in training runs differ, and weights are those of the network without it."""
+        network = make(dropout=0.5)
+        network.load_state_dict(make().state_dict())
+        x = volume(1, 1, 16, 16, 16)
+        network.train()
+        assert not torch.equal(network(x), network(x))
+        assert torch.equal(network.eval()(x), network(x))
+
 
 class TestPrecision:
     def test_float64(self):
