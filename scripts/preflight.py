@@ -33,7 +33,7 @@ from monai.bundle import ConfigParser
 from monai.utils import optional_import
 from packaging.specifiers import SpecifierSet
 
-__all__ = ["check_keys", "preflight", "version_differences"]
+__all__ = ["check_keys", "executed_config", "preflight", "version_differences"]
 
 _OF_RUN = {
     name
@@ -55,12 +55,7 @@ def check_keys(arguments: Sequence[str] | None = None) -> None:
     Raises:
         ValueError: naming each unknown key and the nearest real one.
     """
-    arguments = sys.argv if arguments is None else arguments
-    if Path(arguments[0]).parts[-3:] != ("monai", "bundle", "__main__.py") or arguments[1:2] != ["run"]:
-        return
-    given = _given(arguments[2:])
-    if "args_file" in given:
-        given = ConfigParser.load_config_file(given["args_file"]) | given
+    given = _given_to_run(sys.argv if arguments is None else arguments)
     if "config_file" not in given:
         return
     config = ConfigParser.load_config_files(given["config_file"])
@@ -80,6 +75,31 @@ def check_keys(arguments: Sequence[str] | None = None) -> None:
             f"there is no such key in {files if isinstance(files, str) else ', '.join(files)}: "
             f"{', '.join(sorted(faults))}."
         )
+
+
+def executed_config(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
+    """
+    Args:
+        arguments: a command line, its program first; default: this process's.
+
+    Returns:
+        the config that ``python -m monai.bundle run`` works with: its files one on another, and the command line's
+        values in them. None for any other program.
+    """
+    given = _given_to_run(sys.argv if arguments is None else arguments)
+    if "config_file" not in given:
+        return None
+    parser = ConfigParser(ConfigParser.load_config_files(given["config_file"]))
+    parser.update({key: value for key, value in given.items() if key not in _OF_RUN})
+    return dict(parser.get())
+
+
+def _given_to_run(arguments: Sequence[str]) -> dict[str, Any]:
+    """Values by key that ``monai.bundle run`` was given, also in a file of arguments; none for any other program."""
+    if Path(arguments[0]).parts[-3:] != ("monai", "bundle", "__main__.py") or arguments[1:2] != ["run"]:
+        return {}
+    given = _given(arguments[2:])
+    return ConfigParser.load_config_file(given["args_file"]) | given if "args_file" in given else given
 
 
 def _given(arguments: Sequence[str]) -> dict[str, Any]:

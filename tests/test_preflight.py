@@ -34,7 +34,6 @@ TRAIN = ["--config_file", "['configs/train.json','configs/tasks/phantom.yaml']"]
         (["--train::trainr::amp", "True"], r"--train::trainr::amp \(did you mean --train#trainer\?\)"),
         (["--augmentation#9#prob", "1"], "--augmentation#9#prob"),
         (["--augmentation#1#prob#x", "1", "--xyzzy", "2"], r"json, configs/tasks/phantom\.yaml: --xyzzy\.$"),
-        (["--run_name", "a"], "--run_name"),
         (["-datasetdir", "x"], r"--datasetdir \(did you mean --dataset_dir\?\)"),
         (["--check", "1", "--sw_overlap", "@check_data"], "--check "),
         (["--noresum"], r"--noresum \(did you mean --resume\?\)"),

@@ -10,13 +10,11 @@
 # limitations under the License.
 from __future__ import annotations
 
-import logging
-import re
 import statistics
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from scripts.emissions import emissions_tracker
 
 from .measuring import wall_clock
 
@@ -53,17 +51,7 @@ class Energy:
     """
 
     def __init__(self, country: str, device: str = "cpu") -> None:
-        if not re.fullmatch("[A-Z]{3}", country):
-            raise ValueError(f"country must be an ISO code of three letters, such as DEU, got {country!r}.")
-        try:
-            from codecarbon import OfflineEmissionsTracker
-        except ImportError as error:
-            raise ModuleNotFoundError(f"measuring energy needs codecarbon: pip install codecarbon: {error}") from error
-        logging.getLogger("codecarbon").setLevel(logging.CRITICAL)  # it speaks before it has read log_level
-        gpus = [torch.device(device).index or 0] if device.startswith("cuda") else []
-        self.tracker = OfflineEmissionsTracker(
-            country_iso_code=country, save_to_file=False, log_level="critical", allow_multiple_runs=True, gpu_ids=gpus
-        )
+        self.tracker = emissions_tracker(country, device, save_to_file=False)
         self.tracker.start_task()
         if not self.tracker.stop_task().country_name:
             raise ValueError(f"codecarbon does not know the country {country!r}: give an ISO code such as DEU.")
