@@ -20,7 +20,9 @@ from monai.apps.utils import check_hash
 from monai.bundle import ConfigParser
 from monai.networks.utils import copy_model_state
 
-__all__ = ["check_weights", "load_pretrained", "read_weights"]
+from scripts.output import whole_file
+
+__all__ = ["check_weights", "load_pretrained", "read_weights", "shippable"]
 
 
 def check_weights(
@@ -124,3 +126,37 @@ def read_weights(checkpoint: str | os.PathLike, key: str) -> dict[str, torch.Ten
     except Exception as error:
         raise ValueError(f"{checkpoint} holds no weights that can be read: {error}") from error
     return weights
+
+
+def shippable(checkpoint: str, output: str, half: bool = True) -> None:
+    """
+    Write the weights alone of a checkpoint, for shipping: of ``models/last.pt`` those of the last step. Networks load
+    them in half precision as they load others, and compute in their own.
+
+    Args:
+        checkpoint: file with a state dict, or with one under "model".
+        output: file to write.
+        half: in half precision, half as large.
+
+    Raises:
+        FileNotFoundError: When the checkpoint does not exist.
+        ValueError: When it holds no weights, or some that half precision cannot hold.
+    """
+    weights = read_weights(checkpoint, "checkpoint")
+    if half:
+        weights = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+    for name, value in weights.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{checkpoint}: {name} holds values that are no numbers, or too large: give --half False.")
+    with whole_file(output) as part:
+        torch.save(weights, part)
+    print(f"{output}: {len(weights)} tensors, {os.path.getsize(output) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    import fire
+
+    from scripts.clear_errors import install
+
+    install()
+    fire.Fire(shippable)

@@ -11,12 +11,15 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 
 import pytest
 import torch
 import yaml
 
 from scripts.weights import check_weights
+from tests.conftest import BUNDLE_ROOT
 
 
 @pytest.fixture
@@ -57,6 +60,22 @@ def test_weights_in_half_precision_fit(bundle):
     check_weights(folder / "models" / "half.pt", network)
     network.load_state_dict(torch.load(folder / "models" / "half.pt", weights_only=True))
     assert network.weight.dtype == torch.float32
+
+
+def test_weights_to_ship(bundle):
+    folder, network = bundle
+    torch.save({"model": network.state_dict(), "optimizer": {"a": 1}}, folder / "last.pt")
+    command = [sys.executable, "-m", "scripts.weights", str(folder / "last.pt"), str(folder / "models" / "model.pt")]
+    result = subprocess.run(command, cwd=BUNDLE_ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and "2 tensors" in result.stdout, result.stderr
+    shipped = torch.load(folder / "models" / "model.pt", weights_only=True)
+    expected = {name: value.half() for name, value in network.state_dict().items()}
+    assert set(shipped) == set(expected) and all(torch.equal(shipped[name], expected[name]) for name in shipped)
+    assert shipped["weight"].dtype == torch.float16
+    torch.save({"weight": torch.full((2,), 1e6)}, folder / "last.pt")
+    result = subprocess.run(command, cwd=BUNDLE_ROOT, capture_output=True, text=True)
+    assert result.returncode and "too large" in result.stderr and "Traceback" not in result.stderr
+    assert len(torch.load(folder / "models" / "model.pt", weights_only=True)) == 2  # as it was
 
 
 def test_a_pickle_of_anything_else_is_refused(bundle):
