@@ -1,0 +1,127 @@
+# Copyright (c) 2026 SegResMamba bundle contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Configs that stand alone: overlays merged into train.json, inference.json and, as far as it needs, evaluate.json."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigParser
+from monai.bundle.utils import merge_kv
+
+__all__ = ["read_overlays", "standalone_configs"]
+
+_OF_RUNS = ("initialize", "run", "finalize")
+
+
+def read_overlays(
+    files: Sequence[str], overrides: Mapping[str, Any] | None = None
+) -> tuple[list[tuple[str, Any]], dict[str, Any]]:
+    """
+    Args:
+        files: overlays, the later ones go first.
+        overrides: further keys, which go before them all.
+
+    Returns:
+        keys and values in the order in which they are to be set, and what the overlays say of themselves for
+        metadata.json (their key ``_meta_``).
+
+    Raises:
+        FileNotFoundError: When an overlay does not exist.
+        ValueError: When one cannot be read, or holds no keys.
+    """
+    pairs: list[tuple[str, Any]] = []
+    described: dict[str, Any] = {}
+    for file in files:
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"There is no overlay {file}: give --task the path of one, as configs/tasks has.")
+        try:
+            overlay = dict(ConfigParser.load_config_file(file))
+        except Exception as error:
+            raise ValueError(f"{file} is no overlay that can be read: {error}") from error
+        described.update(overlay.pop("_meta_", {}))
+        pairs += overlay.items()
+    pairs += (overrides or {}).items()
+    return [(key.replace("::", "#"), value) for key, value in pairs], described
+
+
+def standalone_configs(folder: Path, pairs: Sequence[tuple[str, Any]]) -> dict[str, dict[str, Any]]:
+    """
+    Merge overlays as ``monai.bundle run`` does where they follow the configs on its command line. A config takes the
+    keys that it has, those that something in it refers to, and none that it would not use. evaluate.json stays an
+    overlay on train.json, as the model zoo has it; as it comes last then, it takes the keys that also set what it sets.
+
+    Args:
+        folder: of train.json, inference.json and evaluate.json.
+        pairs: keys and values of the overlays; with "#" and "+" as there.
+
+    Returns:
+        the three configs by file name.
+
+    Raises:
+        ValueError: When no config has a key, or a value is of the wrong kind to be merged.
+    """
+    train, inference, evaluate = (
+        ConfigParser.load_config_file(folder / f"{name}.json") for name in ("train", "inference", "evaluate")
+    )
+    last = {key: value for key, value in pairs if _touches(key, evaluate)}
+    kept = {key: value for key, value in evaluate.items() if key not in last}
+    made = {
+        "train.json": _merged(train, pairs, evaluate),
+        "inference.json": _merged(inference, pairs),
+        "evaluate.json": {**kept, **copy.deepcopy(last)},
+    }
+    names = {key.lstrip("+").partition("#")[0] for config in made.values() for key in config}
+    unknown = [key for key, _ in pairs if key.removeprefix("+").partition("#")[0] not in names]
+    if unknown:
+        nearest = get_close_matches(unknown[0], names, n=1)
+        hint = f" (did you mean {nearest[0]}?)" if nearest else ""
+        raise ValueError(f"no config has or uses the key {unknown[0]}{hint}.")
+    return made
+
+
+def _touches(key: str, evaluate: Mapping[str, Any]) -> bool:
+    """Whether a key sets what evaluate.json sets, a part of it, or what it is a part of."""
+    name = key.removeprefix("+") + "#"
+    return any(name.startswith(other + "#") or (other + "#").startswith(name) for other in evaluate)
+
+
+def _merged(
+    config: dict[str, Any], pairs: Sequence[tuple[str, Any]], overlay: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    overlay = overlay or {}
+    parser = ConfigParser(copy.deepcopy(config))
+    for key, value in pairs:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "+key" without key: pruned below, or meant as key
+            try:
+                merge_kv(parser, key, copy.deepcopy(value))
+            except KeyError:  # below what this config does not have
+                continue
+            except ValueError as error:
+                raise ValueError(f"{key} cannot be merged: {error}") from error
+    made = dict(parser.get())
+    while strays := [key for key in made if key not in config and not _needed(key, made, overlay)]:
+        for key in strays:
+            del made[key]
+    return made
+
+
+def _needed(key: str, config: Mapping[str, Any], overlay: Mapping[str, Any]) -> bool:
+    rest = {name: value for name, value in config.items() if name != key}
+    return key in _OF_RUNS or re.search(rf"[@%]{re.escape(key)}(?!\w)", json.dumps([rest, overlay])) is not None
