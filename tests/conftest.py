@@ -13,11 +13,15 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -147,3 +151,63 @@ def trained(tmp_path_factory: pytest.TempPathFactory, phantom_dir: Path, run_bun
         runs[name] = run_bundle([*configs, "tasks/phantom.yaml"], **overrides)
         assert runs[name].returncode == 0, runs[name].stdout[-3000:] + runs[name].stderr[-3000:]
     return SimpleNamespace(folder=folder, models=folder / "models", data=phantom_dir, runs=runs)
+
+
+class _Server(http.server.SimpleHTTPRequestHandler):
+    """Files of a folder; of those below /cut/ the head promises all and the connection ends after half."""
+
+    def do_GET(self) -> None:
+        if not self.path.startswith("/cut/"):
+            return super().do_GET()
+        content = Path(self.directory, self.path.removeprefix("/cut/")).read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2])
+
+    def log_message(self, *args: object) -> None:
+        """Print nothing."""
+
+
+@pytest.fixture(scope="session")
+def released(tmp_path_factory: pytest.TempPathFactory, trained: SimpleNamespace) -> Iterator[SimpleNamespace]:
+    """
+    A release of the tiny training: made as a user does, with its weights elsewhere, laid on a server of this machine
+    and fetched from there.
+    """
+    folder = tmp_path_factory.mktemp("released")
+    served = folder / "served"
+    served.mkdir()
+    shutil.copy(trained.models / "model.pt", served)
+    handler = functools.partial(_Server, directory=str(served))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    arguments = {
+        "task": "configs/tasks/phantom.yaml",
+        "version": "9.8.7",
+        "changelog": "a test",
+        "checkpoint": str(trained.models / "model.pt"),
+        "evaluation": str(trained.folder / "evaluate" / "summary.json"),
+        "overrides": {key: TINY[key] for key in ("channels", "depths", "full_resolution_skip", "patch_size", "spacing")}
+        | {"sw_overlap": TINY["sw_overlap"]},
+        "url": f"{url}/segresmamba_v9.8.7.zip",
+        "weights_url": f"{url}/model.pt",
+        "output_dir": str(served),
+    }
+
+    def python(*command: str, cwd: Path = BUNDLE_ROOT) -> str:
+        result = subprocess.run(
+            [sys.executable, *command], cwd=cwd, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+        return result.stdout + result.stderr
+
+    said = python("-m", "scripts.release", *(f"--{key}={value}" for key, value in arguments.items()))
+    place = ["--name", "segresmamba", "--url", arguments["url"], "--bundle_dir", str(folder / "fetched")]
+    python("-m", "monai.bundle", "download", *place, cwd=folder)
+    root = folder / "fetched" / "segresmamba"
+    python("-m", "monai.bundle", "download_large_files", "--bundle_path", str(root), cwd=folder)
+    yield SimpleNamespace(root=root, served=served, url=url, arguments=arguments, said=said, python=python)
+    server.shutdown()
+    server.server_close()

@@ -123,5 +123,6 @@ def _merged(
 
 
 def _needed(key: str, config: Mapping[str, Any], overlay: Mapping[str, Any]) -> bool:
-    rest = {name: value for name, value in config.items() if name != key}
-    return key in _OF_RUNS or re.search(rf"[@%]{re.escape(key)}(?!\w)", json.dumps([rest, overlay])) is not None
+    referring = [{name: value for name, value in config.items() if name != key}]
+    referring += [] if key in overlay else [dict(overlay)]  # what the overlay sets itself it has
+    return key in _OF_RUNS or re.search(rf"[@%]{re.escape(key)}(?!\w)", json.dumps(referring)) is not None
