@@ -28,7 +28,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow
+from monai.bundle import ConfigWorkflow, download_large_files
 
 from scripts.phantom import write_phantoms
 
@@ -207,7 +207,7 @@ def released(tmp_path_factory: pytest.TempPathFactory, trained: SimpleNamespace)
     place = ["--name", "segresmamba", "--url", arguments["url"], "--bundle_dir", str(folder / "fetched")]
     python("-m", "monai.bundle", "download", *place, cwd=folder)
     root = folder / "fetched" / "segresmamba"
-    python("-m", "monai.bundle", "download_large_files", "--bundle_path", str(root), cwd=folder)
+    download_large_files(str(root))
     yield SimpleNamespace(root=root, served=served, url=url, arguments=arguments, said=said, python=python)
     server.shutdown()
     server.server_close()

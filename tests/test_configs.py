@@ -578,7 +578,7 @@ def test_bad_data_stops_before_training(kind, message, tmp_path, phantom_dir, wo
     data = broken_copy(phantom_dir, tmp_path / "data", kind)
     overrides = {**TINY, "check_data": True, "dataset_dir": str(data), "output_dir": str(tmp_path / "out")}
     with pytest.raises(RuntimeError) as error:
-        workflow(["train", "tasks/phantom.yaml"], **overrides, ckpt_dir=str(tmp_path / "models"))
+        workflow(["train", "tasks/phantom.yaml"], **overrides, ckpt_dir=str(tmp_path / "models")).run()
     assert message in root_cause(error.value)
     assert not (tmp_path / "out").exists()
 
