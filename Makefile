@@ -8,14 +8,18 @@ PIP_OPTIONS ?=
 DEMO ?= demo
 # Processes of make test; most tests keep one core busy.
 WORKERS ?= 2
+# Of make release: an overlay (default: the plain configs), a version (default: that of configs/metadata.json), and the rest.
+TASK :=
+VERSION :=
+RELEASE_OPTIONS :=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.testable
 BUNDLE := $(BIN)/python -m monai.bundle run
-TASK := configs/tasks/phantom.yaml
+DEMO_TASK := configs/tasks/phantom.yaml
 
-.PHONY: help demo test label-test lint bench gpu-bench clean
+.PHONY: help demo test label-test lint bench gpu-bench release clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +29,7 @@ help:
 	@echo "make lint   style and types"
 	@echo "make bench  what the scan engines and the networks cost on this CPU; writes docs/benchmarks"
 	@echo "make gpu-bench  the same on a CUDA GPU, beside MONAI's networks"
+	@echo "make release  a zip for registries in dist/; TASK=configs/tasks/T.yaml VERSION=X RELEASE_OPTIONS=\"--checkpoint model.pt\""
 	@echo "make clean  remove $(DEMO)/, caches, $(VENV)/ and $(LABEL_VENV)/"
 
 $(INSTALLED): requirements.txt
@@ -35,11 +40,11 @@ $(INSTALLED): requirements.txt
 
 demo: $(INSTALLED)
 	$(BIN)/python -m scripts.phantom --output_dir $(DEMO)/phantom
-	$(BUNDLE) --config_file "['configs/train.json','$(TASK)']" \
+	$(BUNDLE) --config_file "['configs/train.json','$(DEMO_TASK)']" \
 		--dataset_dir $(DEMO)/phantom --ckpt_dir $(DEMO)/models --output_dir $(DEMO)/training
-	$(BUNDLE) --config_file "['configs/train.json','configs/evaluate.json','$(TASK)']" \
+	$(BUNDLE) --config_file "['configs/train.json','configs/evaluate.json','$(DEMO_TASK)']" \
 		--dataset_dir $(DEMO)/phantom --ckpt_dir $(DEMO)/models --output_dir $(DEMO)/evaluation
-	$(BUNDLE) --config_file "['configs/inference.json','$(TASK)']" \
+	$(BUNDLE) --config_file "['configs/inference.json','$(DEMO_TASK)']" \
 		--dataset_dir $(DEMO)/phantom --ckpt_dir $(DEMO)/models --output_dir $(DEMO)/inference
 	$(BIN)/python -m scripts.demo --dataset_dir $(DEMO)/phantom --prediction_dir $(DEMO)/inference \
 		--picture_dir $(DEMO)
@@ -73,6 +78,9 @@ bench: $(INSTALLED)
 
 gpu-bench: $(INSTALLED)
 	$(BIN)/python -m scripts.benchmark gpu
+
+release: $(INSTALLED)
+	$(BIN)/python -m scripts.release $(if $(TASK),--task $(TASK)) $(if $(VERSION),--version $(VERSION)) $(RELEASE_OPTIONS)
 
 clean:
 	rm -rf $(DEMO) $(VENV) $(LABEL_VENV) .pytest_cache .ruff_cache .mypy_cache

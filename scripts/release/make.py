@@ -95,6 +95,8 @@ def release(
     described, network = describe(configs["inference.json"])
     summary = None if evaluation is None else _read_json(evaluation, "--evaluation")
     metadata = _read_json(str(_ROOT / "configs" / "metadata.json"), "the metadata")
+    if changelog is not None:
+        changelog = ", ".join(map(str, ensure_tuple(changelog)))  # fire reads "one, two" as two
     metadata = {**metadata, **next_version(metadata, version, changelog)}
     title = Path(overlays[0]).stem.replace("_", " ") if overlays else None
     found = {} if summary is None else scores(summary, described)
