@@ -218,8 +218,13 @@ def test_what_it_holds(released, trained):
 
 def test_small_weights_come_along(released, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(BUNDLE_ROOT)
-    release(**{**released.arguments, "weights_url": None, "name": "other_name", "output_dir": str(tmp_path)})
+    overlays = [released.arguments["task"], "configs/options/test_time_flipping.yaml"]
+    given = {"task": overlays, "weights_url": None, "name": "other_name", "changelog": ("one", "two")}
+    release(**{**released.arguments, **given, "output_dir": str(tmp_path)})
     with zipfile.ZipFile(tmp_path / "other_name_v9.8.7.zip") as archive:
+        for name in ("train", "inference"):
+            assert json.loads(archive.read(f"other_name/configs/{name}.json"))["flip_axes"] == "@mirror_axes"
+        assert json.loads(archive.read("other_name/configs/metadata.json"))["changelog"]["9.8.7"] == "one, two"
         assert archive.read("other_name/models/model.pt") == (trained.models / "model.pt").read_bytes()
         assert yaml.safe_load(archive.read("other_name/large_files.yml")) == {"large_files": []}
     monkeypatch.setattr(make, "LIMIT", 1000)
@@ -253,12 +258,14 @@ def test_only_files_of_the_bundle(tmp_path, monkeypatch):
         ({"name": "seg-res"}, "only letters, digits and _"),
         ({"name": "seg_v2"}, "no _v before a digit"),
         ({"overrides": {"chanels": [8, 16]}}, "the key chanels .did you mean channels?"),
+        ({"overrides": {"dataset_dir": "/home/me/data"}}, "train.json would hold /home/me/data, a path"),
         ({"overrides": {}}, "weights of another network"),
         ({"overrides": {"class_names": ["background", "liver"]}, "checkpoint": None}, "of other classes"),
         ({"task": (), "evaluation": None, "overrides": {"out_channels": 7}}, "7 output channels"),
         ({"task": (), "evaluation": None, "overrides": {"class_names": ["no", "yes"]}}, "give --task"),
         ({"checkpoint": "nowhere.pt"}, "no weights at nowhere.pt"),
         ({"checkpoint": None}, "--weights_url needs --checkpoint"),
+        ({"checkpoint": None, "weights_url": None}, "--evaluation needs --checkpoint"),
         ({"checkpoint": "last.pt"}, "give the training's model.pt"),
         ({"weights_url": "disk/model.pt"}, "no address to download from"),
         ({"evaluation": "nowhere.json"}, "no file nowhere.json"),

@@ -27,6 +27,7 @@ from monai.bundle.utils import merge_kv
 __all__ = ["read_overlays", "standalone_configs"]
 
 _OF_RUNS = ("initialize", "run", "finalize")
+_ABSOLUTE = re.compile(r"""(?<!\+ )["']((?:/|~|[A-Za-z]:\\)[^"']*)""")  # but for what is joined: @bundle_root + '/data'
 
 
 def read_overlays(
@@ -74,7 +75,7 @@ def standalone_configs(folder: Path, pairs: Sequence[tuple[str, Any]]) -> dict[s
         the three configs by file name.
 
     Raises:
-        ValueError: When no config has a key, or a value is of the wrong kind to be merged.
+        ValueError: When no config has a key, a value is of the wrong kind to be merged, or is a path of this computer.
     """
     train, inference, evaluate = (
         ConfigParser.load_config_file(folder / f"{name}.json") for name in ("train", "inference", "evaluate")
@@ -92,6 +93,12 @@ def standalone_configs(folder: Path, pairs: Sequence[tuple[str, Any]]) -> dict[s
         nearest = get_close_matches(unknown[0], names, n=1)
         hint = f" (did you mean {nearest[0]}?)" if nearest else ""
         raise ValueError(f"no config has or uses the key {unknown[0]}{hint}.")
+    for name, config in made.items():
+        if found := _ABSOLUTE.search(json.dumps(config)):
+            raise ValueError(
+                f"{name} would hold {found[1]}, a path of this computer: give the key of it a value below @bundle_root, "
+                "in the overlay or with --overrides."
+            )
     return made
 
 

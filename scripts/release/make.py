@@ -112,10 +112,13 @@ def release(
         content |= _weights(Path(checkpoint), described.checkpoint, weights_url)
     elif weights_url is not None:
         raise ValueError("--weights_url needs --checkpoint, the file that will lie there, for its sum.")
+    elif summary is not None:
+        raise ValueError("--evaluation needs --checkpoint, the weights that it is of.")
     card = model_card(
         name, metadata, described, configs["train.json"], summary, next(iter(sums), None), url, weights_url
     )
-    requirements = (_ROOT / "requirements.txt").read_text(encoding="utf-8")
+    pins = _ROOT / "requirements.txt"  # not in a copy that was released itself
+    requirements = pins.read_text(encoding="utf-8") if pins.is_file() else ""
     written = {f"configs/{file}": config for file, config in configs.items()}
     written |= {"configs/metadata.json": metadata, "sbom.cdx.json": sbom(name, metadata, requirements, sums)}
     content |= {file: _json(value).encode() for file, value in written.items()}

@@ -205,7 +205,8 @@ def release_metadata(
         }
     made |= {key: value for key, value in own.items() if key not in ("title", "modality", "channel_names")}
     made["references"] = list(dict.fromkeys([*metadata["references"], *own.get("references", [])]))
-    made["eval_metrics"] = dict(found)
+    if found or not plain:
+        made["eval_metrics"] = dict(found)
     made["network_data_format"] = {
         "inputs": {"image": _tensor({**inputs, "modality": modality}, channels, described)},
         "outputs": {"pred": _tensor(outputs, described.output_names, described)},
