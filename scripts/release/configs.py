@@ -96,7 +96,7 @@ def standalone_configs(folder: Path, pairs: Sequence[tuple[str, Any]]) -> dict[s
     for name, config in made.items():
         if found := _ABSOLUTE.search(json.dumps(config)):
             raise ValueError(
-                f"{name} would hold {found[1]}, a path of this computer: give the key of it a value below @bundle_root, "
+                f"{name} would hold {found[1]}, a path of this computer: give its key a value below @bundle_root, "
                 "in the overlay or with --overrides."
             )
     return made
