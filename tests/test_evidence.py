@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 
 import pytest
 
@@ -47,6 +48,27 @@ def test_results_are_of_the_plan_that_is_shown(file):
     assert len(content["cases"]) == content["summary"]["cases"] >= 41
     dice = [case["val_mean_dice"]["mean"] for case in content["cases"].values()]
     assert sum(dice) / len(dice) == pytest.approx(content["summary"]["val_mean_dice"]["mean"]["mean"], abs=1e-4)
+
+
+def test_the_scores_of_the_bundle_are_those_of_the_cross_validation():
+    runs = [json.loads(file.read_text()) for file in RESULTS if file.name.startswith("segresmamba-fold")]
+    cases = [case for run in runs for case in run["cases"].values()]
+    scores = json.loads((BUNDLE_ROOT / "configs" / "metadata.json").read_text())["eval_metrics"]
+    assert scores.pop("cases") == len(cases)
+    card = (BUNDLE_ROOT / "docs" / "README.md").read_text()
+    for name in ("Anterior", "Posterior"):
+        row = [name.lower()]
+        for metric, digits in (("val_mean_dice", 3), ("val_hd95", 2), ("val_surface_dice", 3)):
+            values = [case[metric][name] for case in cases]
+            row.append(f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}")
+        assert f"| {' | '.join(row)} |" in card
+    names = {"mean_dice": "val_mean_dice", "mean_hd95_mm": "val_hd95", "mean_surface_dice": "val_surface_dice"}
+    classes = {"": "mean", "_anterior": "Anterior", "_posterior": "Posterior"}
+    assert scores == {
+        score + end: round(statistics.mean(case[metric][label] for case in cases), 4)
+        for score, metric in names.items()
+        for end, label in classes.items()
+    }
 
 
 def test_the_costs_in_the_text_are_those_measured():
