@@ -1,0 +1,45 @@
+# Copyright (c) 2026 SegResMamba bundle contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import BUNDLE_ROOT
+
+
+def draw(output, *overlays: str) -> subprocess.CompletedProcess:
+    files = str(["configs/inference.json", *overlays])
+    command = [sys.executable, "-m", "scripts.network_picture", "--output", str(output), "--config_file", files]
+    return subprocess.run(command, cwd=BUNDLE_ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(("overlay", "rows"), [(None, 4), ("configs/tasks/phantom.yaml", 5)])
+def test_a_row_for_each_level(overlay, rows, tmp_path):
+    """Each level has a box in the first column, drawn where it belongs: counted along a line through them."""
+    result = draw(tmp_path / "network.png", *([overlay] if overlay else []))
+    assert result.returncode == 0, result.stderr
+    pixels = np.asarray(Image.open(tmp_path / "network.png").convert("RGB")).astype(int)
+    column = pixels[:, pixels.shape[1] // 30]  # left of the texts and arrows, inside the boxes
+    inside = (column < 255).any(-1)
+    boxes = [run for run in "".join(".#"[ink] for ink in inside.astype(int)).split(".") if len(run) > 40]  # no title
+    assert len(boxes) == rows
+
+
+def test_other_networks_are_refused(tmp_path):
+    result = draw(tmp_path / "network.png", "configs/networks/unet.yaml")
+    assert result.returncode and "only SegResMamba is drawn" in result.stderr and "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
