@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -41,7 +42,7 @@ class InstanceNorm(nn.InstanceNorm3d):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if input.shape[2:].numel() == 1:
+        if math.prod(input.shape[2:]) == 1:
             return input - input
         return super().forward(input)
 
@@ -118,7 +119,7 @@ class ConvMambaMixedBlock(nn.Module):
         self.conv2 = _ConvNormReLU(channels, 3)
         self.tom = ToM(channels, **tom) if tom is not None else nn.Identity()
         self.conv3 = _ConvNormReLU(channels, 3)
-        self.up = nn.ConvTranspose3d(channels, channels, 5, stride=2, padding=2)
+        self.up = nn.ConvTranspose3d(channels, channels, 5, stride=2, padding=2, output_padding=1)
         self.up_norm = InstanceNorm(channels)
         self.stage = _stage(channels, depth, stage_conv, tom)
 
@@ -131,7 +132,7 @@ class ConvMambaMixedBlock(nn.Module):
             volume of the same shape.
         """
         y = self.conv3(self.tom(self.conv2(self.conv1(x))))
-        y = self.up(y, output_size=x.shape[2:])  # the exact size, also where it is odd
+        y = _crop(self.up(y), x.shape[2:])  # the exact size, also where it is odd
         return self.stage(F.relu(self.up_norm(y)) + x)
 
 
@@ -179,7 +180,7 @@ class _Downsample(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.body(x)
         d, h, w = (size % 2 for size in x.shape[2:])
-        if d or h or w:  # the last plane of an odd size is not dropped
+        if torch.compiler.is_exporting() or d or h or w:  # the last plane of an odd size is not dropped
             x = F.pad(x, (0, w, 0, h, 0, d))
         return self.conv(x)
 
@@ -198,6 +199,10 @@ def _run(module: Callable[..., torch.Tensor], x: torch.Tensor, *others: torch.Te
 
 def _crop(x: torch.Tensor, spatial_shape: Sequence[int]) -> torch.Tensor:
     """Drop the voxels that doubling has put beyond an odd size."""
+    if torch.compiler.is_exporting():  # unlike a slice, this leaves no condition on symbolic sizes
+        for axis, size in enumerate(spatial_shape, start=2):
+            x = x.index_select(axis, torch.arange(size, device=x.device))
+        return x
     d, h, w = spatial_shape
     return x[:, :, :d, :h, :w]
 
@@ -345,7 +350,7 @@ class SegResMamba(nn.Module):
             logits (B, out_channels, D, H, W); in training with ``deep_supervision`` a list of them, from the full size
             to the smallest.
         """
-        if x.ndim != 5 or x.shape[1] != self.in_channels or min(x.shape[2:]) < self.MIN_SIZE:
+        if x.ndim != 5 or x.shape[1] != self.in_channels or any(size < self.MIN_SIZE for size in x.shape[2:]):
             raise ValueError(
                 f"expected a volume (B, {self.in_channels}, D, H, W) of at least {self.MIN_SIZE} voxels an axis, "
                 f"got shape {tuple(x.shape)}."

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .traceable import traceable_scan
+
 __all__ = ["scan"]
 
 _SUB = 16  # steps whose states backward holds at once
@@ -45,7 +47,10 @@ def scan(
         delta = delta + delta_bias.to(work)
     if delta_softplus:
         delta = F.softplus(delta)
-    y, last_state = _ChunkedScan.apply(u, delta, A, B, C, index)
+    if torch.compiler.is_exporting():  # the loops of _ChunkedScan are as many as the length has chunks
+        y, last_state = traceable_scan(u, delta, A, B, C, index)
+    else:
+        y, last_state = _ChunkedScan.apply(u, delta, A, B, C, index)
     if D is not None:
         y = y + D.to(work) * u
     if z is not None:
