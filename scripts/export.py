@@ -72,7 +72,7 @@ def exported_program(
         least = smallest_size(network)
         sizes |= {axis: torch.export.Dim(name, min=least) for axis, name in ((2, "D"), (3, "H"), (4, "W"))}
         # An example for the tracer, not run: 2 or more voxels at every level, each axis different.
-        spatial_size = [2 * least - 2, 3 * least - 3, 4 * least - 4]
+        spatial_size = [2 * least + 2, 3 * least + 3, 4 * least + 4]
     volume = torch.zeros(2, in_channels, *spatial_size)
     with torch.no_grad(), _engine("chunked"):
         return torch.export.export(network.eval(), (volume,), dynamic_shapes=(sizes,), strict=False)
@@ -84,14 +84,15 @@ def smallest_size(network: torch.nn.Module) -> int:
         network: SegResMamba.
 
     Returns:
-        voxels of an axis from which every level has more than one: single voxels take another path in the network.
+        voxels of an axis from which every level provably has more than one: a single voxel takes another path in the
+        network. What a tracer can prove is a little less than what holds.
 
     Raises:
         ValueError: when it is another network.
     """
     if not isinstance(network, SegResMamba):
         raise ValueError(f"only SegResMamba exports with dynamic sizes, not {type(network).__name__}: --dynamic False.")
-    return 2 ** (len(network.blocks) + 1) + 1
+    return 3 * 2 ** len(network.blocks) - 1
 
 
 @contextmanager

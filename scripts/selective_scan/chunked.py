@@ -47,7 +47,7 @@ def scan(
         delta = delta + delta_bias.to(work)
     if delta_softplus:
         delta = F.softplus(delta)
-    if torch.compiler.is_exporting():  # the loops of _ChunkedScan are as many as the length has chunks
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # a tracer would unroll the other's loops
         y, last_state = traceable_scan(u, delta, A, B, C, index)
     else:
         y, last_state = _ChunkedScan.apply(u, delta, A, B, C, index)

@@ -134,6 +134,8 @@ def _chosen(name: str, device: torch.device, dtype: torch.dtype) -> str:
     if name == "auto":
         suited = (n for n in ENGINES if not _why_not(n, device, dtype))
         name = next(n for n in suited if n != "triton" or device.type == "cuda")  # elsewhere it is interpreted: slow
+        if name == "numba" and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
+            name = "chunked"  # its kernels cannot go into a file
         _log_choice(name, device.type)
         if device.type == "cuda" and name != "triton" and dtype != torch.float64:
             _log_fallback(name, str(_why_not("triton", device, dtype)))

@@ -77,7 +77,7 @@ def oriented_mixer(
 
     x, z = xz.chunk(2, dim=-1)
     dt_rank, n = dt_proj_weight.shape[2], A.shape[2]
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
         y = _in_one_scan(
             module.scan, x, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, indices
         )

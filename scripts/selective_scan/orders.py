@@ -40,7 +40,7 @@ def order_index(order: str, spatial_shape: Sequence[int], device: torch.device) 
     Raises:
         ValueError: when ``order`` is none of the above.
     """
-    if torch.compiler.is_compiling():  # what a tracer makes must not stay in the cache
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # what a tracer makes must not stay in the cache
         return _order_index(order, tuple(spatial_shape), device)
     return _cached_order_index(order, tuple(spatial_shape), device)
 
@@ -79,7 +79,7 @@ def order_steps(
     Returns:
         int32 (K, L) each: the token at each step of an order, and the step of each token.
     """
-    if torch.compiler.is_compiling():  # as above
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # as above
         return _order_steps(tuple(indices), length, device)
     return _cached_order_steps(tuple(indices), length, device)
 

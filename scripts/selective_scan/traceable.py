@@ -28,8 +28,8 @@ def traceable_scan(
     index: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The chunked engine's scan for ``torch.export``: its loops are PyTorch's ``scan`` operators, so a graph holds each
-    once, for sequences of any length. Without a backward.
+    The chunked engine's scan for tracers: for ``torch.export`` its loops are PyTorch's ``scan`` operators, for
+    TorchScript a scripted function, so a graph holds each loop once, for sequences of any length. Without a backward.
 
     Args:
         u: input (batch, L, d), float32 or float64.
@@ -58,27 +58,36 @@ def traceable_scan(
     u, delta = (x.reshape(batch, length, groups, d // groups) for x in (u, delta))
     A = A.reshape(groups, d // groups, n)
     delta, inputs, B, C = (steps(x) for x in (delta, delta * u, B, C))
-    zeros = u.new_zeros(batch, chunks, groups, d // groups, n)
-    ends, _ = _loop(_end, zeros, (delta, inputs, B), A)
-    decay = torch.exp(delta.sum(0).unsqueeze(-1) * A)
-    by_chunk = tuple(x.movedim(1, 0).contiguous() for x in (decay, ends))
-    last_state, starts = _loop(_start, u.new_zeros(batch, groups, d // groups, n), by_chunk)
-    _, y = _loop(_output, starts.movedim(0, 1).contiguous(), (delta, inputs, B, C), A)
+    if torch.jit.is_tracing():
+        y, last_state = torch.jit.script(_script_loops)(delta, inputs, B, C, A)
+    else:
+        y, last_state = _operator_loops(delta, inputs, B, C, A)
     y = y.movedim(0, 2).reshape(batch, chunks * _CHUNK, d)[:, :length]
     if index is not None:
         y = torch.zeros_like(y).index_copy(1, index, y)
     return y, last_state.flatten(1, 2)
 
 
-def _loop(step, state: torch.Tensor, tokens: tuple[torch.Tensor, ...], *constants: torch.Tensor):
+def _operator_loops(delta, inputs, B, C, A):
     """
-    Last state and stacked outputs of ``step`` along the first axis. The operator itself: the function of the same
-    name around it hands each loop to torch.compile before, which takes seconds for each.
+    The loops as operators: the function ``scan`` around them hands each loop to torch.compile before, which takes long.
     """
-    return torch.ops.higher_order.scan(step, [state], list(tokens), constants)
+    loop = torch.ops.higher_order.scan
+    ends, _ = loop(_end, [_no_states(delta, A)], [delta, inputs, B], (A,))
+    decay = torch.exp(delta.sum(0).unsqueeze(-1) * A)
+    by_chunk = [x.movedim(1, 0).contiguous() for x in (decay, ends)]
+    last_state, starts = loop(_start, [torch.zeros_like(by_chunk[0][0])], by_chunk, ())
+    _, y = loop(_output, [starts.movedim(0, 1).contiguous()], [delta, inputs, B, C], (A,))
+    return y, last_state
 
 
-def _advance(h, delta, inputs, B, A):
+def _no_states(delta: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(delta[0]).unsqueeze(-1).repeat(1, 1, 1, 1, A.shape[2])
+
+
+def _advance(
+    h: torch.Tensor, delta: torch.Tensor, inputs: torch.Tensor, B: torch.Tensor, A: torch.Tensor
+) -> torch.Tensor:
     return torch.exp(delta.unsqueeze(-1) * A) * h + inputs.unsqueeze(-1) * B.unsqueeze(-2)
 
 
@@ -93,3 +102,23 @@ def _start(h, decay, end):
 def _output(h, delta, inputs, B, C, A):
     h = _advance(h, delta, inputs, B, A)
     return [h, (h * C.unsqueeze(-2)).sum(-1)]
+
+
+def _script_loops(
+    delta: torch.Tensor, inputs: torch.Tensor, B: torch.Tensor, C: torch.Tensor, A: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for TorchScript, whose tracer keeps the loops of a scripted function."""
+    ends = _no_states(delta, A)
+    for t in range(delta.shape[0]):
+        ends = _advance(ends, delta[t], inputs[t], B[t], A)
+    decay = torch.exp(delta.sum(0).unsqueeze(-1) * A)
+    h = torch.zeros_like(ends[:, 0])
+    starts = torch.zeros_like(ends)
+    for chunk in range(ends.shape[1]):
+        starts[:, chunk] = h
+        h = decay[:, chunk] * h + ends[:, chunk]
+    y = torch.zeros_like(delta)
+    for t in range(delta.shape[0]):
+        starts = _advance(starts, delta[t], inputs[t], B[t], A)
+        y[t] = (starts * C[t].unsqueeze(-2)).sum(-1)
+    return y, h
