@@ -37,7 +37,7 @@ from scripts.segresmamba import SegResMamba
 from scripts.selective_scan import ENGINE_VARIABLE
 from scripts.weights import check_weights, read_weights
 
-__all__ = ["FORMATS", "TOLERANCE", "exported_program", "load", "save"]
+__all__ = ["FORMATS", "TOLERANCE", "export_bundle", "exported_program", "load", "save", "smallest_size"]
 
 FORMATS = {"pt2": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
 """What a network can be exported to, with the suffix of its files."""
@@ -49,7 +49,11 @@ _ONNX_OPSET = 20
 
 
 def exported_program(
-    network: torch.nn.Module, spatial_size: Sequence[int], in_channels: int, dynamic: bool = True
+    network: torch.nn.Module,
+    spatial_size: Sequence[int],
+    in_channels: int,
+    dynamic: bool = True,
+    batch: int | None = None,
 ) -> torch.export.ExportedProgram:
     """
     Trace a network with ``torch.export``. Only operators of PyTorch's own go into it; the scan is the ``chunked``
@@ -59,7 +63,8 @@ def exported_program(
         network: SegResMamba, or any other where ``dynamic`` is False; on the CPU.
         spatial_size: the patch size (D, H, W), which a fixed size is.
         in_channels: channels of the input.
-        dynamic: take any size from :py:func:`smallest_size`; False for ``spatial_size`` alone. The batch is any.
+        dynamic: take any size from :py:func:`smallest_size`; False for ``spatial_size`` alone.
+        batch: volumes at a time; None for any number.
 
     Returns:
         the program; input (B, in_channels, D, H, W), output logits (B, classes, D, H, W).
@@ -67,13 +72,13 @@ def exported_program(
     Raises:
         ValueError: when ``dynamic`` and the network is not SegResMamba.
     """
-    sizes: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
+    sizes: dict[int, Any] = {} if batch else {0: torch.export.Dim("batch", min=1)}
     if dynamic:
         least = smallest_size(network)
         sizes |= {axis: torch.export.Dim(name, min=least) for axis, name in ((2, "D"), (3, "H"), (4, "W"))}
         # An example for the tracer, not run: 2 or more voxels at every level, each axis different.
         spatial_size = [2 * least + 2, 3 * least + 3, 4 * least + 4]
-    volume = torch.zeros(2, in_channels, *spatial_size)
+    volume = torch.zeros(batch or 2, in_channels, *spatial_size)
     with torch.no_grad(), _engine("chunked"):
         return torch.export.export(network.eval(), (volume,), dynamic_shapes=(sizes,), strict=False)
 
@@ -121,7 +126,9 @@ def save(program: torch.export.ExportedProgram, path: str | os.PathLike, format:
     if format == "pt2":
         torch.export.save(program, path)
     elif format == "aoti":
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        # Reusing buffers, torch 2.13 declares what a loop returns twice, which C++ refuses.
+        configs = {"allow_buffer_reuse": False}
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
     else:
         _need_onnx()
         torch.onnx.export(
@@ -173,14 +180,19 @@ def _need_onnx() -> None:
 
 
 def _volumes(
-    network: torch.nn.Module, parser: ConfigParser, patch_size: Sequence[int], dynamic: bool, real: bool
+    network: torch.nn.Module,
+    parser: ConfigParser,
+    patch_size: Sequence[int],
+    dynamic: bool,
+    batch: int | None,
+    real: bool,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and volume (B, C, D, H, W) of each check; the patch size first."""
     channels, shapes = int(parser["in_channels"]), [(1, *patch_size)]
     if dynamic:
         least = smallest_size(network)
         shapes += [(2, least, least + 6, least + 3), (3, least + 7, least, 2 * least)]
-    else:
+    elif batch is None:
         shapes += [(3, *patch_size)]
     generator = torch.Generator().manual_seed(0)
     for batch, *size in shapes:
@@ -201,7 +213,7 @@ def _seconds(run: Callable[[torch.Tensor], torch.Tensor], volume: torch.Tensor, 
     return min(durations)
 
 
-def _export(
+def export_bundle(
     output: str,
     format: str = "pt2",
     config_file: str | Sequence[str] = "configs/inference.json",
@@ -219,7 +231,8 @@ def _export(
         format: pt2 (torch.export), aoti (AOTInductor, compiled for this machine's processor) or onnx.
         config_file: configs and overlays, as for inference.
         checkpoint: the weights; default: the configs' own, models/model.pt.
-        dynamic: any size from the smallest; False for the patch size alone.
+        dynamic: any size from the smallest; False for the patch size alone. A file of format aoti takes one volume of
+            the patch size at a time, whatever is given here.
         overrides: keys of the configs.
     """
     if format not in FORMATS:
@@ -243,7 +256,11 @@ def _export(
     patch_size = parser.get_parsed_content("patch_size")
     parser["in_channels"] = parser.get_parsed_content("in_channels")
 
-    program = exported_program(network, patch_size, parser["in_channels"], dynamic)
+    if format == "aoti":  # torch 2.13 compiles loops with sizes known alone
+        dynamic, batch = False, 1
+    else:
+        batch = None
+    program = exported_program(network, patch_size, parser["in_channels"], dynamic, batch)
     place = Path(output)
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent) as folder, torch.no_grad():
@@ -251,7 +268,8 @@ def _export(
         save(program, written, format)
         run = load(written, format)
         largest = 0.0
-        for number, (kind, volume) in enumerate(_volumes(network, parser, patch_size, dynamic, "input" in overrides)):
+        volumes = _volumes(network, parser, patch_size, dynamic, batch, real="input" in overrides)
+        for number, (kind, volume) in enumerate(volumes):
             difference = (run(volume) - network(volume)).abs().max().item()
             print(f"{kind} volume {tuple(volume.shape)}: largest difference of a logit {difference:.2g}")
             largest = max(largest, float("inf") if difference != difference else difference)
@@ -273,4 +291,4 @@ if __name__ == "__main__":
     from scripts.clear_errors import install
 
     install()
-    fire.Fire(_export)
+    fire.Fire(export_bundle)

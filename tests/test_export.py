@@ -1,0 +1,179 @@
+# Copyright (c) 2026 SegResMamba bundle contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Files are written by the commands that a user gives and run, by a process that does not see this repository, on
+volumes whose logits the network has computed here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from scripts.export import FORMATS, TOLERANCE
+from scripts.segresmamba import SegResMamba
+from scripts.selective_scan.chunked import scan
+from scripts.selective_scan.traceable import traceable_scan
+from tests.conftest import BUNDLE_ROOT
+
+NETWORK = {"channels": [8, 16], "depths": [0, 0], "full_resolution_skip": 8}
+PATCH = (16, 24, 20)
+SHAPES = [(1, 1, *PATCH), (2, 1, 11, 17, 14), (3, 1, 19, 12, 23)]  # even, and odd at every level
+TRACED_SHAPES = [(1, 1, *PATCH), (3, 1, *PATCH), (2, 1, 24, 16, 32)]  # a trace takes multiples alone
+
+RUN = """
+import sys
+import torch
+
+kind, path, volumes, logits = sys.argv[1:]
+volumes = torch.load(volumes)
+if kind == "onnx":
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    run = lambda volume: torch.from_numpy(session.run(["pred"], {"image": volume.numpy()})[0])
+elif kind == "pt2":
+    run = torch.export.load(path).module()
+elif kind == "aoti":
+    run = torch._inductor.aoti_load_package(path)
+else:
+    run = torch.jit.load(path)
+with torch.no_grad():
+    torch.save([run(volume) for volume in volumes], logits)
+assert not any(name.split(".")[0] in ("scripts", "monai", "numba") for name in sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def network() -> SegResMamba:
+    torch.manual_seed(0)
+    return SegResMamba(in_channels=1, out_channels=3, stage_conv=False, **NETWORK).eval()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(network: SegResMamba, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "model.pt"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def call(*arguments: object) -> subprocess.CompletedProcess:
+    options = [part for key, value in NETWORK.items() for part in (f"--{key}", str(value))]
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, arguments), *options],
+        cwd=BUNDLE_ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+
+
+def export(kind: str, output: Path, checkpoint: Path, *options: object) -> subprocess.CompletedProcess:
+    patch = ["--patch_size", str(list(PATCH))]
+    return call("scripts.export", "--format", kind, "--output", output, "--checkpoint", checkpoint, *patch, *options)
+
+
+def check_elsewhere(kind: str, file: Path, network: SegResMamba, shapes: Sequence[tuple[int, ...]]) -> None:
+    """A process in another folder gets the network's logits from a file."""
+    volumes = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes)]
+    folder = file.parent / "elsewhere"
+    folder.mkdir()
+    torch.save(volumes, folder / "volumes.pt")
+    result = subprocess.run(
+        [sys.executable, "-c", RUN, kind, str(file), "volumes.pt", "logits.pt"],
+        cwd=folder,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    with torch.no_grad():
+        for volume, logits in zip(volumes, torch.load(folder / "logits.pt")):
+            expected = network(volume)
+            assert expected.std() > 0.01  # the tolerance says something
+            torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_file_runs_without_the_repository(tmp_path, network, checkpoint, kind):
+    if kind == "onnx":
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            pytest.importorskip(package)
+    if kind == "aoti" and shutil.which("g++") is None:
+        pytest.skip("AOTInductor needs a C++ compiler")
+    file = tmp_path / f"model{FORMATS[kind]}"
+    result = export(kind, file, checkpoint)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    shapes = SHAPES[:1] if kind == "aoti" else SHAPES
+    assert result.stdout.count("largest difference of a logit") == len(shapes)
+    assert " MB, patch (16, 24, 20) in " in result.stdout
+    assert os.listdir(tmp_path) == [file.name]  # nothing half-written
+    check_elsewhere(kind, file, network, shapes)
+
+
+def test_torchscript_by_ckpt_export(tmp_path, network, checkpoint):
+    options = ["--filepath", tmp_path / "model.ts", "--ckpt_file", checkpoint, "--net_id", "network_def"]
+    options += ["--config_file", "configs/inference.json", "--meta_file", "configs/metadata.json"]
+    options += ["--use_trace", "True", "--input_shape", [1, 1, *PATCH], "--bundle_root", "."]
+    result = call("monai.bundle", "ckpt_export", *options)
+    assert result.returncode == 0, result.stderr[-3000:]
+    check_elsewhere("ts", tmp_path / "model.ts", network, TRACED_SHAPES)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 200])
+def test_the_loops_of_torchscript_and_of_the_operators_give_the_same(length):
+    generator = torch.Generator().manual_seed(length)
+    u, delta = (torch.rand(2, length, 6, generator=generator) for _ in range(2))
+    A = -torch.rand(6, 4, generator=generator)
+    B, C = (torch.randn(2, length, 3, 4, generator=generator) for _ in range(2))
+    index = torch.randperm(length, generator=generator)
+    for actual, expected in zip(traceable_scan(u, delta, A, B, C, index), scan(u, delta, A, B, C, index=index)):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_what_differs_is_not_written(tmp_path, network, checkpoint, monkeypatch):
+    """A file that gives other logits is refused, and what lay in its place stays."""
+    from scripts import export as command
+
+    file = tmp_path / "model.pt2"
+    file.write_text("of before")
+    monkeypatch.setattr(command, "exported_program", lambda *_: None)
+    monkeypatch.setattr(command, "save", lambda program, path, format: Path(path).write_text("wrong"))
+    monkeypatch.setattr(command, "load", lambda path, format: lambda volume: network(volume) + 2 * TOLERANCE)
+    monkeypatch.chdir(BUNDLE_ROOT)
+    with pytest.raises(ValueError, match="is not written: a logit differs by 0.0002"):
+        command.export_bundle(str(file), checkpoint=str(checkpoint), patch_size=list(PATCH), **NETWORK)
+    assert file.read_text() == "of before" and os.listdir(tmp_path) == [file.name]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "tflite"], "unknown format 'tflite': expected one of pt2, aoti, onnx"),
+        (["--output", "model.onnx"], "a file of format pt2 ends in .pt2"),
+        (["--checkpoint", "nowhere.pt"], "There are no weights at nowhere.pt"),
+        (["--stem_strides", "1"], "did you mean --stem_stride?"),
+    ],
+)
+def test_bad_input_is_one_clear_error(tmp_path, checkpoint, options, message):
+    arguments = ["--output", tmp_path / "model.pt2", "--checkpoint", checkpoint]
+    result = call("scripts.export", *arguments, *options)  # the later of two stands
+    assert result.returncode != 0 and message in result.stderr and "Traceback" not in result.stderr
+    assert not os.listdir(tmp_path)
