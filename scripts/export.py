@@ -19,7 +19,6 @@ Usage::
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +38,7 @@ from scripts.weights import check_weights, read_weights
 
 __all__ = ["FORMATS", "TOLERANCE", "export_bundle", "exported_program", "load", "save", "smallest_size"]
 
-FORMATS = {"pt2": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
+FORMATS = {"pt2": ".pt2", "onnx": ".onnx"}
 """What a network can be exported to, with the suffix of its files."""
 
 TOLERANCE = 1e-4
@@ -53,7 +52,6 @@ def exported_program(
     spatial_size: Sequence[int],
     in_channels: int,
     dynamic: bool = True,
-    batch: int | None = None,
 ) -> torch.export.ExportedProgram:
     """
     Trace a network with ``torch.export``. Only operators of PyTorch's own go into it; the scan is the ``chunked``
@@ -63,8 +61,7 @@ def exported_program(
         network: SegResMamba, or any other where ``dynamic`` is False; on the CPU.
         spatial_size: the patch size (D, H, W), which a fixed size is.
         in_channels: channels of the input.
-        dynamic: take any size from :py:func:`smallest_size`; False for ``spatial_size`` alone.
-        batch: volumes at a time; None for any number.
+        dynamic: take any size from :py:func:`smallest_size`; False for ``spatial_size`` alone. The batch is any.
 
     Returns:
         the program; input (B, in_channels, D, H, W), output logits (B, classes, D, H, W).
@@ -72,13 +69,13 @@ def exported_program(
     Raises:
         ValueError: when ``dynamic`` and the network is not SegResMamba.
     """
-    sizes: dict[int, Any] = {} if batch else {0: torch.export.Dim("batch", min=1)}
+    sizes: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
     if dynamic:
         least = smallest_size(network)
         sizes |= {axis: torch.export.Dim(name, min=least) for axis, name in ((2, "D"), (3, "H"), (4, "W"))}
         # An example for the tracer, not run: 2 or more voxels at every level, each axis different.
         spatial_size = [2 * least + 2, 3 * least + 3, 4 * least + 4]
-    volume = torch.zeros(batch or 2, in_channels, *spatial_size)
+    volume = torch.zeros(2, in_channels, *spatial_size)
     with torch.no_grad(), _engine("chunked"):
         return torch.export.export(network.eval(), (volume,), dynamic_shapes=(sizes,), strict=False)
 
@@ -121,14 +118,10 @@ def save(program: torch.export.ExportedProgram, path: str | os.PathLike, format:
         format: one of ``FORMATS``.
 
     Raises:
-        ImportError: when the format's packages are not installed.
+        ValueError: when the format's packages are not installed.
     """
     if format == "pt2":
         torch.export.save(program, path)
-    elif format == "aoti":
-        # Reusing buffers, torch 2.13 declares what a loop returns twice, which C++ refuses.
-        configs = {"allow_buffer_reuse": False}
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
     else:
         _need_onnx()
         torch.onnx.export(
@@ -153,12 +146,10 @@ def load(path: str | os.PathLike, format: str) -> Callable[[torch.Tensor], torch
         what maps a volume to logits, on the CPU.
 
     Raises:
-        ImportError: when the format's packages are not installed.
+        ValueError: when the format's packages are not installed.
     """
     if format == "pt2":
         return torch.export.load(path).module()
-    if format == "aoti":
-        return torch._inductor.aoti_load_package(str(path))
     _need_onnx()
     import onnxruntime
 
@@ -174,7 +165,7 @@ def _need_onnx() -> None:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError(
+        raise ValueError(
             f"ONNX needs a package that is not installed ({error.name}): pip install onnx onnxruntime onnxscript"
         ) from error
 
@@ -184,7 +175,6 @@ def _volumes(
     parser: ConfigParser,
     patch_size: Sequence[int],
     dynamic: bool,
-    batch: int | None,
     real: bool,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and volume (B, C, D, H, W) of each check; the patch size first."""
@@ -192,7 +182,7 @@ def _volumes(
     if dynamic:
         least = smallest_size(network)
         shapes += [(2, least, least + 6, least + 3), (3, least + 7, least, 2 * least)]
-    elif batch is None:
+    else:
         shapes += [(3, *patch_size)]
     generator = torch.Generator().manual_seed(0)
     for batch, *size in shapes:
@@ -228,11 +218,10 @@ def export_bundle(
 
     Args:
         output: the file to write.
-        format: pt2 (torch.export), aoti (AOTInductor, compiled for this machine's processor) or onnx.
+        format: pt2 (torch.export) or onnx.
         config_file: configs and overlays, as for inference.
         checkpoint: the weights; default: the configs' own, models/model.pt.
-        dynamic: any size from the smallest; False for the patch size alone. A file of format aoti takes one volume of
-            the patch size at a time, whatever is given here.
+        dynamic: any size from the smallest; False for the patch size alone.
         overrides: keys of the configs.
     """
     if format not in FORMATS:
@@ -241,8 +230,6 @@ def export_bundle(
         raise ValueError(f"{output}: a file of format {format} ends in {FORMATS[format]}.")
     if format == "onnx":
         _need_onnx()
-    if format == "aoti" and not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
-        raise FileNotFoundError("AOTInductor compiles C++, and there is no compiler: install g++, or set CXX.")
     files = list(ensure_tuple(config_file))
     given = [f"--{key}={value}" for key, value in overrides.items()]
     check_keys(["monai/bundle/__main__.py", "run", f"--config_file={files}", *given])
@@ -256,11 +243,7 @@ def export_bundle(
     patch_size = parser.get_parsed_content("patch_size")
     parser["in_channels"] = parser.get_parsed_content("in_channels")
 
-    if format == "aoti":  # torch 2.13 compiles loops with sizes known alone
-        dynamic, batch = False, 1
-    else:
-        batch = None
-    program = exported_program(network, patch_size, parser["in_channels"], dynamic, batch)
+    program = exported_program(network, patch_size, parser["in_channels"], dynamic)
     place = Path(output)
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent) as folder, torch.no_grad():
@@ -268,7 +251,7 @@ def export_bundle(
         save(program, written, format)
         run = load(written, format)
         largest = 0.0
-        volumes = _volumes(network, parser, patch_size, dynamic, batch, real="input" in overrides)
+        volumes = _volumes(network, parser, patch_size, dynamic, real="input" in overrides)
         for number, (kind, volume) in enumerate(volumes):
             difference = (run(volume) - network(volume)).abs().max().item()
             print(f"{kind} volume {tuple(volume.shape)}: largest difference of a logit {difference:.2g}")

@@ -77,7 +77,9 @@ def _operator_loops(delta, inputs, B, C, A):
     decay = torch.exp(delta.sum(0).unsqueeze(-1) * A)
     by_chunk = [x.movedim(1, 0).contiguous() for x in (decay, ends)]
     last_state, starts = loop(_start, [torch.zeros_like(by_chunk[0][0])], by_chunk, ())
-    _, y = loop(_output, [starts.movedim(0, 1).clone(memory_format=torch.contiguous_format)], [delta, inputs, B, C], (A,))
+    _, y = loop(
+        _output, [starts.movedim(0, 1).clone(memory_format=torch.contiguous_format)], [delta, inputs, B, C], (A,)
+    )
     return y, last_state
 
 
