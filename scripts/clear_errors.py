@@ -11,13 +11,17 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 import traceback
 from collections.abc import Callable
+from difflib import get_close_matches
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 
-__all__ = ["ClearErrors", "install"]
+__all__ = ["ClearErrors", "command", "install"]
 
 _SCRIPTS = Path(__file__).resolve().parent
 
@@ -65,3 +69,29 @@ def install() -> None:
     """Put the hook in place, once."""
     if not isinstance(sys.excepthook, ClearErrors):
         sys.excepthook = ClearErrors(sys.excepthook)
+
+
+def command(function: Callable[..., object]) -> None:
+    """
+    Run a function as a command, its arguments by fire from the command line. Fire calls first and complains of options
+    that are left over afterwards, when everything is written: here an option that the function does not have stops it.
+
+    Args:
+        function: what the command does; its docstring is the help.
+
+    Raises:
+        ValueError: When the command line has an option that the function does not have.
+    """
+    import fire
+
+    install()
+    parameters = inspect.signature(function).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for argument in takewhile(lambda argument: argument != "--", sys.argv[1:]):
+        found = re.match(r"--?([A-Za-z_][\w-]*)", argument)
+        name = found[1].replace("-", "_") if found else "help"
+        short = len(name) == 1 and any(parameter.startswith(name) for parameter in (*parameters, "help"))
+        if not (takes_any or short or name == "help" or name in parameters or name.removeprefix("no") in parameters):
+            nearest = get_close_matches(name, parameters, n=1)
+            raise ValueError(f"there is no option --{name}" + (f": did you mean --{nearest[0]}?" if nearest else "."))
+    fire.Fire(function)

@@ -104,9 +104,6 @@ def _has_test_labels(configs: Sequence[str], overrides: dict[str, Any], dataset_
 
 
 if __name__ == "__main__":
-    import fire
+    from scripts.clear_errors import command
 
-    from scripts.clear_errors import install
-
-    install()
-    fire.Fire(cross_validation)
+    command(cross_validation)

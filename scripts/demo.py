@@ -112,6 +112,6 @@ def _main(dataset_dir: str, prediction_dir: str, picture_dir: str | None = None)
 
 
 if __name__ == "__main__":
-    import fire
+    from scripts.clear_errors import command
 
-    fire.Fire(_main)
+    command(_main)

@@ -55,9 +55,6 @@ def download(task: str, output_dir: str = "data") -> None:
 
 
 if __name__ == "__main__":
-    import fire
+    from scripts.clear_errors import command
 
-    from scripts.clear_errors import install
-
-    install()
-    fire.Fire(download)
+    command(download)

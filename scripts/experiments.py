@@ -248,9 +248,6 @@ def _result(run: Run, folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    import fire
+    from scripts.clear_errors import command
 
-    from scripts.clear_errors import install
-
-    install()
-    fire.Fire(experiments)
+    command(experiments)

@@ -269,9 +269,6 @@ def export_bundle(
 
 
 if __name__ == "__main__":
-    import fire
+    from scripts.clear_errors import command
 
-    from scripts.clear_errors import install
-
-    install()
-    fire.Fire(export_bundle)
+    command(export_bundle)

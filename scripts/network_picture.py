@@ -148,9 +148,6 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> 
 
 
 if __name__ == "__main__":
-    import fire
+    from scripts.clear_errors import command
 
-    from scripts.clear_errors import install
-
-    install()
-    fire.Fire(network_picture)
+    command(network_picture)

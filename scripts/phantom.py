@@ -467,6 +467,6 @@ def _main(
 
 
 if __name__ == "__main__":
-    import fire
+    from scripts.clear_errors import command
 
-    fire.Fire(_main)
+    command(_main)

@@ -313,9 +313,6 @@ def _list(values: np.ndarray) -> str:
 
 
 if __name__ == "__main__":
-    import fire
+    from scripts.clear_errors import command
 
-    from scripts.clear_errors import install
-
-    install()
-    fire.Fire(plan)
+    command(plan)

@@ -333,9 +333,6 @@ def _draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
 
 
 if __name__ == "__main__":
-    import fire
+    from scripts.clear_errors import command
 
-    from scripts.clear_errors import install
-
-    install()
-    fire.Fire(report)
+    command(report)

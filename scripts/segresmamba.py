@@ -119,7 +119,7 @@ class ConvMambaMixedBlock(nn.Module):
         self.conv2 = _ConvNormReLU(channels, 3)
         self.tom = ToM(channels, **tom) if tom is not None else nn.Identity()
         self.conv3 = _ConvNormReLU(channels, 3)
-        self.up = nn.ConvTranspose3d(channels, channels, 5, stride=2, padding=2, output_padding=1)
+        self.up = nn.ConvTranspose3d(channels, channels, 5, stride=2, padding=2)
         self.up_norm = InstanceNorm(channels)
         self.stage = _stage(channels, depth, stage_conv, tom)
 
@@ -132,7 +132,11 @@ class ConvMambaMixedBlock(nn.Module):
             volume of the same shape.
         """
         y = self.conv3(self.tom(self.conv2(self.conv1(x))))
-        y = _crop(self.up(y), x.shape[2:])  # the exact size, also where it is odd
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # without a condition on symbolic sizes
+            y = F.conv_transpose3d(y, self.up.weight, self.up.bias, stride=2, padding=2, output_padding=1)
+            y = _crop(y, x.shape[2:])
+        else:
+            y = self.up(y, output_size=x.shape[2:])  # the exact size, also where it is odd
         return self.stage(F.relu(self.up_norm(y)) + x)
 
 

@@ -41,7 +41,11 @@ class TrainingCurve:
     """
 
     def __init__(
-        self, output_dir: str, validator: Evaluator, loss_name: str = "train_loss", metric_name: str = "val_mean_dice"
+        self,
+        output_dir: str,
+        validator: Evaluator,
+        loss_name: str = "train_mean_loss",
+        metric_name: str = "val_mean_dice",
     ) -> None:
         self.output_dir = Path(output_dir)
         self.validator = validator

@@ -154,9 +154,6 @@ def shippable(checkpoint: str, output: str, half: bool = True) -> None:
 
 
 if __name__ == "__main__":
-    import fire
+    from scripts.clear_errors import command
 
-    from scripts.clear_errors import install
-
-    install()
-    fire.Fire(shippable)
+    command(shippable)

@@ -254,7 +254,7 @@ def test_deep_supervision(tmp_path, phantom_dir, workflow):
     overlays = ["tasks/phantom.yaml", "networks/umamba_bot.yaml", "options/deep_supervision.yaml"]
     flow = workflow(["train", *overlays], **training)
     flow.run()
-    assert np.isfinite(flow.trainer.state.metrics["train_loss"])
+    assert np.isfinite(flow.trainer.state.metrics["train_mean_loss"])
     assert len(flow.network_def.heads) == 5
     assert all(head.weight.grad.abs().sum() > 0 for head in flow.network_def.heads)
     workflow(["train", "evaluate", *overlays], "evaluation", **training).run()
@@ -668,7 +668,7 @@ def test_trains_in_bf16_and_channels_last(tmp_path, phantom_dir, workflow):
     conv.register_forward_hook(lambda module, inputs, output: seen.add((output.stride(1), output.dtype)))
     flow.run()
     assert seen == {(1, torch.bfloat16)}
-    assert np.isfinite(flow.trainer.state.metrics["train_loss"])
+    assert np.isfinite(flow.trainer.state.metrics["train_mean_loss"])
     assert conv.weight.dtype == torch.float32
     assert conv.weight.is_contiguous(memory_format=torch.channels_last_3d)
 

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from urllib.error import ContentTooShortError
@@ -231,6 +233,53 @@ def test_small_weights_come_along(released, trained, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="up to 25: give --weights_url"):
         release(**{**released.arguments, "weights_url": None, "output_dir": str(tmp_path / "none")})
     assert not (tmp_path / "none").exists()
+
+
+def test_scores_and_card_go_with_the_weights_they_are_of(tmp_path):
+    """A release of the plain configs: with the weights of the repository, with others, and with none."""
+    weights = BUNDLE_ROOT / "models" / "model.pt"
+    other = tmp_path / "zeros.pt"
+    torch.save({name: value * 0 for name, value in torch.load(weights, weights_only=True).items()}, other)
+    for checkpoint, scored in ((weights, True), (other, False), (None, False)):
+        folder = tmp_path / str(checkpoint is None) / str(scored)
+        release(checkpoint=None if checkpoint is None else str(checkpoint), output_dir=str(folder))
+        (file,) = folder.glob("*.zip")
+        with zipfile.ZipFile(file) as archive:
+            meta = json.loads(archive.read("segresmamba/configs/metadata.json"))
+            card, hub = (archive.read(f"segresmamba/{page}").decode() for page in ("docs/README.md", "README.md"))
+            names = set(archive.namelist())
+            assert ("segresmamba/models/model.pt" in names) == (checkpoint is not None)
+        assert bool(meta["eval_metrics"]) == scored == ("0.894 ± 0.031" in card)
+        for page, above in ((card, "segresmamba/docs"), (hub, "segresmamba")):
+            links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page)
+            assert all(os.path.normpath(f"{above}/{link}") in names for link in links), links
+            assert not scored or any(link.endswith(".png") for link in links)
+
+
+def test_a_misspelt_option_writes_nothing(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.release",
+        "--chekpoint",
+        "model.pt",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    result = subprocess.run(command, cwd=BUNDLE_ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode and "--chekpoint: did you mean --checkpoint?" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_can_be_released(tmp_path):
+    """A plan names the data's place on its computer; the release a place in the bundle."""
+    overlay = tmp_path / "mine.yaml"
+    overlay.write_text("dataset_dir: /somewhere/MyTask\nclass_names: [background, a, b]\nin_channels: 1\n")
+    pairs, _ = read_overlays([str(overlay)])
+    made = standalone_configs(BUNDLE_ROOT / "configs", pairs)
+    assert (
+        made["train.json"]["dataset_dir"] == "$@bundle_root + '/data/MyTask'" == made["inference.json"]["dataset_dir"]
+    )
 
 
 def test_only_files_of_the_bundle(tmp_path, monkeypatch):

@@ -139,7 +139,7 @@ def test_every_task_trains_evaluates_and_segments(task, trees, tmp_path, workflo
     training = {**settings, "max_epochs": 1, "num_folds": 2, "batch_size": 1, "output_dir": str(tmp_path / "train")}
     flow = workflow(["train", f"tasks/{task}.yaml"], **training)
     flow.run()
-    assert np.isfinite(flow.trainer.state.metrics["train_loss"])
+    assert np.isfinite(flow.trainer.state.metrics["train_mean_loss"])
 
     evaluation = {**training, "output_dir": str(tmp_path / "evaluate")}
     evaluation |= {"val_subset": "test"} if task in ("btcv", "synapse") else {}

@@ -44,9 +44,11 @@ def test_mlflow_has_the_course_of_a_training(tracked, tmp_path):
     (run,) = client.search_runs(client.get_experiment_by_name("segresmamba").experiment_id)
     assert run.info.status == "FINISHED" and run.info.run_name == tracked.name
     assert run.data.params["patch_size"] == "[32, 32, 32]" and run.data.params["max_epochs"] == "2"
-    losses = [entry.value for entry in client.get_metric_history(run.info.run_id, "train_loss")]
+    steps = [entry.step for entry in client.get_metric_history(run.info.run_id, "train_loss")]
+    losses = {entry.step: entry.value for entry in client.get_metric_history(run.info.run_id, "train_mean_loss")}
     rows = list(csv.DictReader(open(tracked / "training_curve.csv", encoding="utf-8")))
-    assert pytest.approx(float(rows[-1]["train_loss"])) in losses and len(losses) > 2  # each step's, too
+    assert losses == {int(row["epoch"]): pytest.approx(float(row["train_mean_loss"])) for row in rows}
+    assert steps == [1, 2, 3, 4]  # one value for each step
     dice = {entry.step: entry.value for entry in client.get_metric_history(run.info.run_id, "val_mean_dice")}
     assert dice == {int(row["epoch"]): pytest.approx(float(row["val_mean_dice"])) for row in rows}
     assert {"val_dice_liver-like", "val_dice_vessel-like"} < set(run.data.metrics)

@@ -27,7 +27,7 @@ def test_training_curve(tmp_path):
     def run(curve, epochs):
         curve.started(trainer)
         for epoch in epochs:
-            trainer.state.epoch, trainer.state.metrics = epoch, {"train_loss": 1 / epoch}
+            trainer.state.epoch, trainer.state.metrics = epoch, {"train_mean_loss": 1 / epoch}
             if epoch % 2 == 0:
                 validator.state.epoch, validator.state.metrics = epoch, {"val_mean_dice": 1 - 1 / epoch}
             curve.epoch_completed(trainer)

@@ -11,11 +11,8 @@
 
 from __future__ import annotations
 
-import fire
-
-from scripts.clear_errors import install
+from scripts.clear_errors import command
 from scripts.release.make import release
 
 if __name__ == "__main__":
-    install()
-    fire.Fire(release)
+    command(release)

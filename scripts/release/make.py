@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import posixpath
 import re
 import subprocess
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ _PATTERNS = (
     "docs/data_license.txt",
     "docs/engines.md",
     "docs/evaluation.md",
+    "docs/exports.md",
 )
 
 
@@ -100,11 +102,17 @@ def release(
     metadata = {**metadata, **next_version(metadata, version, changelog)}
     title = Path(overlays[0]).stem.replace("_", " ") if overlays else None
     found = {} if summary is None else scores(summary, described)
+    shipped = _ROOT / described.checkpoint
+    own_weights = not pairs and checkpoint is not None and shipped.is_file() and _hash(checkpoint) == _hash(shipped)
+    if not own_weights:  # what is said there is of those
+        metadata["eval_metrics"] = {}
     metadata = release_metadata(metadata, described, own, title, found)
 
     content = _tracked_files()
-    if overlays:
-        content["large_files.yml"] = _large_files([])  # what is there is of the plain configs
+    if overlays:  # what is there is of the plain configs
+        content["large_files.yml"] = _large_files([])
+        content["docs/data_license.txt"] = _data_license(metadata, own)
+        metadata["changelog"] = {metadata["version"]: metadata["changelog"][metadata["version"]]}
     sums = {}
     if checkpoint is not None:
         check_weights(checkpoint, network)
@@ -114,15 +122,20 @@ def release(
         raise ValueError("--weights_url needs --checkpoint, the file that will lie there, for its sum.")
     elif summary is not None:
         raise ValueError("--evaluation needs --checkpoint, the weights that it is of.")
-    card = model_card(
-        name, metadata, described, configs["train.json"], summary, next(iter(sums), None), url, weights_url
-    )
+    if own_weights and summary is None:  # the card that was written for them
+        content |= _tracked_files(("docs/pictures/*.png",))
+        card = _with_links_to((_ROOT / "docs" / "README.md").read_text(encoding="utf-8"), {*content, "README.md"})
+    else:
+        card = model_card(
+            name, metadata, described, configs["train.json"], summary, next(iter(sums), None), url, weights_url
+        )
     pins = _ROOT / "requirements.txt"  # not in a copy that was released itself
     requirements = pins.read_text(encoding="utf-8") if pins.is_file() else ""
     written = {f"configs/{file}": config for file, config in configs.items()}
     written |= {"configs/metadata.json": metadata, "sbom.cdx.json": sbom(name, metadata, requirements, sums)}
     content |= {file: _json(value).encode() for file, value in written.items()}
-    content |= {"docs/README.md": card.encode(), "README.md": (front_matter() + card).encode()}
+    from_above = re.sub(r"\]\((?!https?:|#)", "](docs/", card)
+    content |= {"docs/README.md": card.encode(), "README.md": (front_matter() + from_above).encode()}
 
     file = Path(output_dir) / f"{name}_v{metadata['version']}.zip"
     _write_zip(file, name, content)
@@ -132,6 +145,8 @@ def release(
     entry["source"] = url or file.name
     write_text(file.with_name("model_info.json"), _json({file.stem: entry}))
     print(f"{file}, {file.stat().st_size / 1e6:.1f} MB, {len(content)} files, sha256 {digest}")
+    if changed := _changed_files():
+        print(f"It holds files as they are here, not as git has them: {', '.join(changed)}")
     if not sums:
         print("It holds no trained weights, which the model zoo asks for: --checkpoint.")
 
@@ -152,15 +167,40 @@ def _json(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=4, allow_nan=False) + "\n"
 
 
-def _tracked_files() -> dict[str, bytes]:
+def _tracked_files(patterns: Sequence[str] = _PATTERNS) -> dict[str, bytes]:
     """What the zip takes as it is, by path; of a git checkout only what git tracks, so that no stray file comes too."""
-    paths = {path.relative_to(_ROOT).as_posix() for pattern in _PATTERNS for path in _ROOT.glob(pattern)}
+    paths = {path.relative_to(_ROOT).as_posix() for pattern in patterns for path in _ROOT.glob(pattern)}
     if (_ROOT / ".git").exists():
         listed = subprocess.run(["git", "ls-files", "-z"], cwd=_ROOT, capture_output=True, text=True, check=False)
         if listed.returncode:
             raise OSError(f"git cannot say which files belong to the bundle: {listed.stderr.strip()}")
         paths &= set(listed.stdout.split("\0"))
     return {path: (_ROOT / path).read_bytes() for path in sorted(paths)}
+
+
+def _with_links_to(card: str, held: Set[str]) -> str:
+    """A page of docs/ with the links to files that are held; of others the text stays."""
+
+    def link(found: re.Match[str]) -> str:
+        return found[0] if posixpath.normpath(f"docs/{found[2]}") in held else found[1]
+
+    return re.sub(r"\[([^\]]*)\]\((?!https?:|#)([^)#]+)(?:#[^)]*)?\)", link, card)
+
+
+def _data_license(metadata: Mapping[str, Any], own: Mapping[str, Any]) -> bytes:
+    terms = own.get("data_license", "not stated here: ask those who hand the data out.")
+    return (
+        "The bundle holds no data. Weights in it or beside it were trained on\n\n"
+        f"{metadata['data_source']}\n    Licence: {terms}\n\n"
+        "Whoever passes the weights on should heed this licence. The code is under Apache-2.0, see LICENSE.\n"
+    ).encode()
+
+
+def _changed_files() -> list[str]:
+    if not (_ROOT / ".git").exists():
+        return []
+    command = ["git", "diff", "--name-only", "HEAD", "--", "LICENSE", "configs", "scripts", "docs", "large_files.yml"]
+    return subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False).stdout.split()
 
 
 def _weights(checkpoint: Path, place: str, weights_url: str | None) -> dict[str, bytes]:

@@ -164,8 +164,8 @@ def release_metadata(
     Args:
         metadata: content of metadata.json, with version and changelog of the release.
         described: of the release.
-        own: what the task says of itself: keys of metadata.json, and besides its "title", and "modality" and
-            "channel_names" of its images; its "references" are added to those there.
+        own: what the task says of itself: keys of metadata.json, and besides its "title", "modality" and
+            "channel_names" of its images, "data_license"; its "references" are added to those there.
         title: of the task where it gives none; None for the plain configs, which metadata.json already describes.
         found: what was measured.
 
@@ -203,7 +203,9 @@ def release_metadata(
             "pred_classes": f"logits of {len(described.output_names)} channels, one for each {kind}; written as a "
             "label map of one channel",
         }
-    made |= {key: value for key, value in own.items() if key not in ("title", "modality", "channel_names")}
+    made |= {
+        key: value for key, value in own.items() if key not in ("title", "modality", "channel_names", "data_license")
+    }
     made["references"] = list(dict.fromkeys([*metadata["references"], *own.get("references", [])]))
     if found or not plain:
         made["eval_metrics"] = dict(found)
