@@ -15,6 +15,7 @@ volumes whose logits the network has computed here."""
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from scripts import export as command
 from scripts.export import FORMATS, TOLERANCE
 from scripts.segresmamba import SegResMamba
 from scripts.selective_scan.chunked import scan
@@ -144,8 +146,6 @@ def test_the_loops_of_torchscript_and_of_the_operators_give_the_same(length):
 
 def test_what_differs_is_not_written(tmp_path, network, checkpoint, monkeypatch):
     """A file that gives other logits is refused, and what lay in its place stays."""
-    from scripts import export as command
-
     file = tmp_path / "model.pt2"
     file.write_text("of before")
     monkeypatch.setattr(command, "exported_program", lambda *_: None)
@@ -158,16 +158,23 @@ def test_what_differs_is_not_written(tmp_path, network, checkpoint, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "error", "message"),
     [
-        (["--format", "tflite"], "unknown format 'tflite': expected one of pt2, onnx"),
-        (["--output", "model.onnx"], "a file of format pt2 ends in .pt2"),
-        (["--checkpoint", "nowhere.pt"], "There are no weights at nowhere.pt"),
-        (["--stem_strides", "1"], "did you mean --stem_stride?"),
+        ({"format": "tflite"}, ValueError, "unknown format 'tflite': expected one of pt2, onnx"),
+        ({"output": "model.onnx"}, ValueError, "a file of format pt2 ends in .pt2"),
+        ({"stem_strides": 1}, ValueError, "did you mean --stem_stride?"),
+        ({"channels": [8, 24]}, ValueError, "holds the weights of another network"),
     ],
 )
-def test_bad_input_is_one_clear_error(tmp_path, checkpoint, options, message):
-    arguments = ["--output", tmp_path / "model.pt2", "--checkpoint", checkpoint]
-    result = call("scripts.export", *arguments, *options)  # the later of two stands
-    assert result.returncode != 0 and message in result.stderr and "Traceback" not in result.stderr
+def test_bad_input_is_refused(tmp_path, checkpoint, monkeypatch, options, error, message):
+    monkeypatch.chdir(BUNDLE_ROOT)
+    arguments = {"output": str(tmp_path / "model.pt2"), "checkpoint": str(checkpoint), **NETWORK, **options}
+    with pytest.raises(error, match=re.escape(message)):
+        command.export_bundle(**arguments)
     assert not os.listdir(tmp_path)
+
+
+def test_missing_weights_are_one_clear_error(tmp_path):
+    result = call("scripts.export", "--output", tmp_path / "model.pt2", "--checkpoint", "nowhere.pt")
+    assert result.returncode != 0 and "Error: There are no weights at nowhere.pt" in result.stderr
+    assert "Traceback" not in result.stderr and not os.listdir(tmp_path)
