@@ -307,7 +307,7 @@ def test_only_files_of_the_bundle(tmp_path, monkeypatch):
         ({"name": "seg-res"}, "only letters, digits and _"),
         ({"name": "seg_v2"}, "no _v before a digit"),
         ({"overrides": {"chanels": [8, 16]}}, "the key chanels .did you mean channels?"),
-        ({"overrides": {"dataset_dir": "/home/me/data"}}, "train.json would hold /home/me/data, a path"),
+        ({"overrides": {"output_dir": "/home/me/data"}}, "train.json would hold /home/me/data, a path"),
         ({"overrides": {}}, "weights of another network"),
         ({"overrides": {"class_names": ["background", "liver"]}, "checkpoint": None}, "of other classes"),
         ({"task": (), "evaluation": None, "overrides": {"out_channels": 7}}, "7 output channels"),
