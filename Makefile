@@ -69,7 +69,9 @@ label-test: $(TESTABLE) $(LABEL_VENV)/.installed
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check scripts tests
-	$(BIN)/ruff format --check scripts tests
+	$(BIN)/isort --check scripts tests
+	$(BIN)/black --check scripts tests
+	$(BIN)/flake8 scripts tests
 	$(BIN)/mypy
 
 bench: $(INSTALLED)

@@ -366,7 +366,7 @@ def test_the_background_can_be_measured(tmp_path, trained, workflow):
     settings = {**TINY, "dataset_dir": str(trained.data), "ckpt_dir": str(trained.models), "output_dir": str(tmp_path)}
     settings |= {"include_background": True, "class_names": names}
     workflow(["train", "evaluate", "tasks/phantom.yaml"], "evaluation", **settings).run()
-    (first, *_) = csv.DictReader(open(tmp_path / "val_mean_dice_raw.csv", encoding="utf-8"))
+    first, *_ = csv.DictReader(open(tmp_path / "val_mean_dice_raw.csv", encoding="utf-8"))
     values = [float(first[name]) for name in ["background", *(f"{name}  left" for name in PHANTOM_CLASSES[1:5])]]
     assert values[0] > max(values[1:]) and float(first["mean"]) == pytest.approx(np.mean(values), abs=1e-3)
 

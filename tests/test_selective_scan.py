@@ -32,12 +32,9 @@ from scripts.selective_scan import (
     ENGINE_VARIABLE,
     SCAN_ORDERS,
     available_engines,
-    order_index,
-    oriented_mixer,
-    selective_scan,
-    selective_scan_channels_last,
 )
 from scripts.selective_scan import engines as engine_registry
+from scripts.selective_scan import order_index, oriented_mixer, selective_scan, selective_scan_channels_last
 
 AVAILABLE = available_engines()
 ENGINES = [name for name, reason in AVAILABLE.items() if reason is None]

@@ -15,6 +15,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -153,3 +155,12 @@ def test_metadata_out_of_form_is_refused(place, value, schema, tmp_path):
     (tmp_path / "metadata.json").write_text(json.dumps(meta))
     with pytest.raises(ValueError, match="Failed validating"):
         verify_metadata(str(tmp_path / "metadata.json"), filepath=schema)
+
+
+@pytest.mark.parametrize("tool", [("black", "--check"), ("isort", "--check"), ("flake8",)], ids=lambda tool: tool[0])
+def test_style(tool):
+    """With the settings in pyproject.toml and .flake8."""
+    pytest.importorskip(tool[0])
+    command = [sys.executable, "-m", *tool, "scripts", "tests"]
+    result = subprocess.run(command, cwd=BUNDLE_ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr

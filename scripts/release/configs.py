@@ -58,15 +58,9 @@ def read_overlays(
         described.update(overlay.pop("_meta_", {}))
         pairs += overlay.items()
     pairs += (overrides or {}).items()
-    pairs = [  # a plan names the data's place on the computer where it was made
-        (
-            key,
-            f"$@bundle_root + '/data/{Path(value).name}'"
-            if key == "dataset_dir" and Path(value).is_absolute()
-            else value,
-        )
-        for key, value in pairs
-    ]
+    for number, (key, value) in enumerate(pairs):
+        if key == "dataset_dir" and Path(value).is_absolute():  # a plan's, of the computer where it was made
+            pairs[number] = key, f"$@bundle_root + '/data/{Path(value).name}'"
     return [(key.replace("::", "#"), value) for key, value in pairs], described
 
 
