@@ -103,10 +103,14 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         path: where a file goes; missing folders are made.
 
     Yields:
-        where to write it; moved to its place at the end, unless something was raised.
+        where to write it; moved to its place at the end, removed if something was raised.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
-    yield unfinished
-    os.replace(unfinished, path)
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise

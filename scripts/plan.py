@@ -15,8 +15,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ _STEPS = 25000  # of the paper's trainings on BTCV and Spleen
 _COARSE = 1.5  # an axis this much coarser than the finest keeps its resolution at the stem
 _LEAST = 16  # voxels an axis of a patch
 _MULTIPLE = 8  # voxels; SegResMamba needs none, but odd sizes on the way down are padded
+_MR = re.compile(r"\b(mri?|t[12]\w*|flair|pd|dwi|adc)\b", re.IGNORECASE)  # what channels of MR images are called
 _USUAL = 96**3  # voxels of a patch as the paper's
 
 
@@ -52,6 +54,7 @@ class Statistics:
         cropped_shape: voxels of the box around its intensities above 0, shape (cases, 3).
         intensity: mean over the cases with foreground of the 0.5 and the 99.5 percentile of its intensities, by
             channel.
+        described: what dataset.json says of the data set: "name", "reference", "licence".
     """
 
     class_names: Sequence[str]
@@ -61,6 +64,7 @@ class Statistics:
     shape: np.ndarray
     cropped_shape: np.ndarray
     intensity: Sequence[tuple[float, float]]
+    described: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_ct(self) -> bool:
@@ -119,6 +123,7 @@ def analyze(dataset_dir: str | os.PathLike) -> Statistics:
             (_mean(foreground, k, "percentile_00_5"), _mean(foreground, k, "percentile_99_5"))
             for k in range(len(foreground[0]))
         ],
+        described={key: str(content[key]) for key in ("name", "reference", "licence") if content.get(key)},
     )
 
 
@@ -172,6 +177,7 @@ def task_overlay(found: Statistics, dataset_dir: str | os.PathLike, memory_gb: f
         f"val_interval: {interval}  # epochs, some 50 validations",
         f"save_interval: {interval}",
         f"cache_rate: {_cache_rate(found, spacing)}  # share of the images that half of the memory now free here holds",
+        *_meta_lines(found, Path(dataset_dir).expanduser().resolve().name),
     ]
     return "\n".join(lines) + "\n"
 
@@ -302,6 +308,19 @@ def _cache_rate(found: Statistics, spacing: np.ndarray) -> float:
     """Images and labels in float32, as ``CacheDataset`` keeps them."""
     voxels = float((found.shape * found.spacing / spacing).prod(1).sum())
     return min(1.0, math.floor(100 * (free_gb() or 8.0) * 1e9 / 2 / (4 * (len(found.channels) + 1) * voxels)) / 100)
+
+
+def _meta_lines(found: Statistics, folder: str) -> list[str]:
+    said = found.described
+    meta = {
+        "title": said.get("name", folder),
+        "data_source": ", ".join([said.get("name", folder), *filter(None, [said.get("reference")])]),
+        "modality": "CT" if found.is_ct else "MR" if _MR.search(" ".join(found.channels)) else "n/a",
+        "channel_names": list(found.channels),
+        "data_license": said.get("licence", "not stated"),
+    }
+    comment = "_meta_:  # for metadata.json of a release; complete it before one"
+    return [comment, *(f"  {key}: {json.dumps(value)}" for key, value in meta.items())]
 
 
 def _cropped(found: Statistics) -> str:

@@ -33,7 +33,7 @@ from monai.bundle import ConfigParser
 from monai.utils import optional_import
 from packaging.specifiers import SpecifierSet
 
-__all__ = ["check_keys", "executed_config", "preflight", "version_differences"]
+__all__ = ["check_keys", "executed_config", "preflight", "unknown_among", "version_differences"]
 
 _OF_RUN = {
     name
@@ -64,7 +64,7 @@ def check_keys(arguments: Sequence[str] | None = None) -> None:
     faults = []
     for key in given.keys() - allowed:
         negated = key.removeprefix("no") if given[key] is True else key  # fire: --noresume for --resume False
-        known = _unknown_among(key.replace("::", "#"), config)
+        known = unknown_among(key.replace("::", "#"), config)
         if known is None or negated in config or re.search(rf"[@%]{re.escape(key)}(?!\w)", referring):
             continue
         nearest = get_close_matches(key, known, n=1)
@@ -120,8 +120,16 @@ def _is_key(argument: str) -> bool:
     return re.match(r"--?[A-Za-z_]", argument) is not None
 
 
-def _unknown_among(key: str, config: Any) -> list[str] | None:
-    """Keys that are there instead of one that is not; None where it is, or may be meant."""
+def unknown_among(key: str, config: Any) -> list[str] | None:
+    """
+    Args:
+        key: of a config, with "#" between its parts.
+        config: its content.
+
+    Returns:
+        the keys that are there instead of one that is not; None where it is, or may be meant: below a component, whose
+        argument it may be, or in a nested dictionary that has none like it.
+    """
     parts = key.split("#")
     node = config
     for depth, part in enumerate(parts):

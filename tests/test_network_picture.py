@@ -11,27 +11,23 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from PIL import Image
 
+from scripts.network_picture import network_picture
 from tests.conftest import BUNDLE_ROOT
 
 
-def draw(output, *overlays: str) -> subprocess.CompletedProcess:
-    files = str(["configs/inference.json", *overlays])
-    command = [sys.executable, "-m", "scripts.network_picture", "--output", str(output), "--config_file", files]
-    return subprocess.run(command, cwd=BUNDLE_ROOT, capture_output=True, text=True, check=False)
+@pytest.fixture(autouse=True)
+def in_the_bundle(monkeypatch):
+    monkeypatch.chdir(BUNDLE_ROOT)
 
 
 @pytest.mark.parametrize(("overlay", "rows"), [(None, 4), ("configs/tasks/phantom.yaml", 5)])
 def test_a_row_for_each_level(overlay, rows, tmp_path):
     """Each level has a box in the first column, drawn where it belongs: counted along a line through them."""
-    result = draw(tmp_path / "network.png", *([overlay] if overlay else []))
-    assert result.returncode == 0, result.stderr
+    network_picture(str(tmp_path / "network.png"), ["configs/inference.json", *([overlay] if overlay else [])])
     pixels = np.asarray(Image.open(tmp_path / "network.png").convert("RGB")).astype(int)
     column = pixels[:, pixels.shape[1] // 30]  # left of the texts and arrows, inside the boxes
     inside = (column < 255).any(-1)
@@ -40,6 +36,6 @@ def test_a_row_for_each_level(overlay, rows, tmp_path):
 
 
 def test_other_networks_are_refused(tmp_path):
-    result = draw(tmp_path / "network.png", "configs/networks/unet.yaml")
-    assert result.returncode and "only SegResMamba is drawn" in result.stderr and "Traceback" not in result.stderr
+    with pytest.raises(ValueError, match="only SegResMamba is drawn"):
+        network_picture(str(tmp_path / "network.png"), ["configs/inference.json", "configs/networks/unet.yaml"])
     assert not list(tmp_path.iterdir())

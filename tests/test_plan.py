@@ -184,4 +184,14 @@ def test_what_cannot_be_planned_is_one_clear_error(phantoms, tmp_path):
 def test_the_keys_are_those_of_the_configs():
     config = json.loads((BUNDLE_ROOT / "configs" / "train.json").read_text())
     everything = task_overlay(statistics(channels=["T1"], cropped_shape=np.full((20, 3), 90)), "data", 8)
-    assert set(yaml.safe_load(everything)) <= set(config)
+    assert set(yaml.safe_load(everything)) - {"_meta_"} <= set(config)
+
+
+def test_what_a_release_says_of_the_data():
+    said = {"name": "Livers", "reference": "a paper: theirs", "licence": "CC-BY 4.0"}
+    meta = planned(described=said)["_meta_"]
+    assert (meta["title"], meta["data_source"]) == ("Livers", "Livers, a paper: theirs")
+    assert (meta["modality"], meta["data_license"]) == ("CT", "CC-BY 4.0")
+    meta = planned(channels=["T1w", "FLAIR"], intensity=[(0, 1), (0, 1)])["_meta_"]
+    assert (meta["title"], meta["modality"], meta["channel_names"]) == ("data", "MR", ["T1w", "FLAIR"])
+    assert planned(channels=["PET"])["_meta_"]["modality"] == "n/a"

@@ -31,6 +31,7 @@ import yaml
 from monai.apps.utils import HashCheckError
 from monai.bundle import ConfigParser, ConfigWorkflow, download_large_files
 
+from scripts.clear_errors import command
 from scripts.release import make
 from scripts.release.configs import read_overlays, standalone_configs
 from scripts.release.make import release
@@ -137,16 +138,22 @@ def test_versions():
 
 def test_scores_must_be_of_these_classes():
     described, _ = describe(load("inference.json"))
-    values = {name: {"mean": k / 3} for k, name in enumerate(("Anterior", "Posterior", "mean"))}
-    assert scores({"cases": 3, "val_mean_dice": values, "val_hd95": {"mean": {"mean": 2}}}, described) == {
-        "dice_anterior": 0.0,
-        "dice_posterior": 0.3333,
+    values = {name: {"mean": k / 3, "std": 0.1} for k, name in enumerate(("Anterior", "Posterior", "mean"))}
+    distances = {name: {"mean": 2, "std": 0} for name in values}
+    assert scores({"cases": 3, "val_mean_dice": values, "val_hd95": distances}, described) == {
+        "mean_dice_anterior": 0.0,
+        "mean_dice_posterior": 0.3333,
         "mean_dice": 0.6667,
-        "mean_hd95": 2,
+        "mean_hd95_mm": 2,
+        "mean_hd95_mm_anterior": 2,
+        "mean_hd95_mm_posterior": 2,
+        "cases": 3,
     }
     for summary, message in (
         ({"cases": 3, "val_mean_dice": {"liver": {"mean": 1}}}, "other classes than the release: liver"),
         ({"cases": 3, "val_mean_dice": {"mean": {"mean": float("nan")}}}, "no mean of val_mean_dice"),
+        ({"cases": 3, "val_mean_dice": {"mean": {"mean": 0.5}}}, "no std of val_mean_dice"),
+        ({"cases": 3, "val_mean_dice": values, "val_hd95": {"mean": distances["mean"]}}, "no val_hd95 for Anterior"),
         ({"cases": 3}, "no summary.json"),
         ({"version": "1"}, "no summary.json"),
     ):
@@ -172,6 +179,18 @@ def test_same_input_makes_the_same_bytes(released, tmp_path, monkeypatch):
     with zipfile.ZipFile(file) as archive:
         assert {info.external_attr >> 16 for info in archive.infolist()} == {0o100644}
         assert archive.namelist() == sorted(archive.namelist())
+
+
+def test_another_release_is_not_overwritten(released, tmp_path, monkeypatch):
+    monkeypatch.chdir(BUNDLE_ROOT)
+    given = {**released.arguments, "output_dir": str(tmp_path)}
+    release(**given)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(FileExistsError, match="holds another release"):
+        release(**{**given, "changelog": "another"})
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    release(**{**given, "name": "other"})
+    assert set(json.loads((tmp_path / "model_info.json").read_text())) == {"segresmamba_v9.8.7", "other_v9.8.7"}
 
 
 def test_what_it_holds(released, trained):
@@ -256,18 +275,12 @@ def test_scores_and_card_go_with_the_weights_they_are_of(tmp_path):
             assert not scored or any(link.endswith(".png") for link in links)
 
 
-def test_a_misspelt_option_writes_nothing(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "scripts.release",
-        "--chekpoint",
-        "model.pt",
-        "--output_dir",
-        str(tmp_path / "out"),
-    ]
-    result = subprocess.run(command, cwd=BUNDLE_ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode and "--chekpoint: did you mean --checkpoint?" in result.stderr
+def test_a_misspelt_option_writes_nothing(tmp_path, monkeypatch):
+    arguments = ["release", "--chekpoint", "model.pt", "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # put back afterwards
+    with pytest.raises(ValueError, match="--chekpoint: did you mean --checkpoint?"):
+        command(release)
     assert not (tmp_path / "out").exists()
 
 
@@ -290,8 +303,8 @@ def test_only_files_of_the_bundle(tmp_path, monkeypatch):
     assert set(make._tracked_files()) == {"LICENSE", "scripts/a.py", "scripts/stray.py"}
     if shutil.which("git") is None:
         pytest.skip("no git")
-    for command in (["init", "-q"], ["add", "LICENSE", "scripts/a.py", "configs"]):
-        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    for arguments in (["init", "-q"], ["add", "LICENSE", "scripts/a.py", "configs"]):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
     assert set(make._tracked_files()) == {"LICENSE", "scripts/a.py"}
     (tmp_path / ".git" / "HEAD").unlink()
     with pytest.raises(OSError, match="git cannot say"):
@@ -307,7 +320,10 @@ def test_only_files_of_the_bundle(tmp_path, monkeypatch):
         ({"name": "seg-res"}, "only letters, digits and _"),
         ({"name": "seg_v2"}, "no _v before a digit"),
         ({"overrides": {"chanels": [8, 16]}}, "the key chanels .did you mean channels?"),
+        ({"overrides": {"train#trainr#max_epochs": 3}}, "train#trainr#max_epochs .did you mean train#trainer"),
         ({"overrides": {"output_dir": "/home/me/data"}}, "train.json would hold /home/me/data, a path"),
+        ({"overrides": {"output_dir": "../data"}}, "train.json would hold ../data, a path"),
+        ({"overrides": {"output_dir": "C:/data"}}, "train.json would hold C:/data, a path"),
         ({"overrides": {}}, "weights of another network"),
         ({"overrides": {"class_names": ["background", "liver"]}, "checkpoint": None}, "of other classes"),
         ({"task": (), "evaluation": None, "overrides": {"out_channels": 7}}, "7 output channels"),
@@ -316,7 +332,8 @@ def test_only_files_of_the_bundle(tmp_path, monkeypatch):
         ({"checkpoint": None}, "--weights_url needs --checkpoint"),
         ({"checkpoint": None, "weights_url": None}, "--evaluation needs --checkpoint"),
         ({"checkpoint": "last.pt"}, "give the training's model.pt"),
-        ({"weights_url": "disk/model.pt"}, "no address to download from"),
+        ({"weights_url": "disk/model.pt"}, "--weights_url disk/model.pt is no address to download from"),
+        ({"url": "disk"}, "--url disk is no address to download from"),
         ({"evaluation": "nowhere.json"}, "no file nowhere.json"),
         ({"evaluation": "LICENSE"}, "not valid JSON"),
         ({"evaluation": "configs/metadata.json"}, "no summary.json"),

@@ -139,6 +139,7 @@ def model_card(
     """
     image = metadata["network_data_format"]["inputs"]["image"]
     settings = {key: train[key] for key in ("max_epochs", "batch_size", "learning_rate", "precision")}
+    settings = {key: value for key, value in settings.items() if not str(value).startswith("$")}  # depends on the GPU
     patch, spacing = (" x ".join(f"{n:g}" for n in given) for given in (described.patch_size, described.spacing))
     fetch = [f"python -m monai.bundle download --name {name} --url {url} --bundle_dir ."] if url else []
     fetch += [f"python -m monai.bundle download_large_files --bundle_path {name}"] if weights_url else []

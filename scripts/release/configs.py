@@ -24,10 +24,13 @@ from typing import Any
 from monai.bundle import ConfigParser
 from monai.bundle.utils import merge_kv
 
+from scripts.preflight import unknown_among
+
 __all__ = ["read_overlays", "standalone_configs"]
 
 _OF_RUNS = ("initialize", "run", "finalize")
-_ABSOLUTE = re.compile(r"""(?<!\+ )["']((?:/|~|[A-Za-z]:\\)[^"']*)""")  # but for what is joined: @bundle_root + '/data'
+# A path outside the bundle, but for what is joined to another: @bundle_root + '/data'.
+_ABSOLUTE = re.compile(r"""(?<!\+ )["']((?:/|~|\.\./|[A-Za-z]:[\\/])[^"']*)""")
 
 
 def read_overlays(
@@ -85,21 +88,23 @@ def standalone_configs(folder: Path, pairs: Sequence[tuple[str, Any]]) -> dict[s
     )
     last = {key: value for key, value in pairs if _touches(key, evaluate)}
     kept = {key: value for key, value in evaluate.items() if key not in last}
+    missed: list[dict[str, list[str]]] = [{}, {}]
     made = {
-        "train.json": _merged(train, pairs, evaluate),
-        "inference.json": _merged(inference, pairs),
+        "train.json": _merged(train, pairs, missed[0], evaluate),
+        "inference.json": _merged(inference, pairs, missed[1]),
         "evaluate.json": {**kept, **copy.deepcopy(last)},
     }
-    names = {key.lstrip("+").partition("#")[0] for config in made.values() for key in config}
-    unknown = [key for key, _ in pairs if key.removeprefix("+").partition("#")[0] not in names]
-    if unknown:
-        nearest = get_close_matches(unknown[0], names, n=1)
+    names = [key.lstrip("+").partition("#")[0] for config in made.values() for key in config]
+    unknown = {key: found for key, found in missed[0].items() if key in missed[1] and key not in last}
+    unknown |= {key: names for key, _ in pairs if key.removeprefix("+").partition("#")[0] not in names}
+    for key, found in unknown.items():
+        nearest = get_close_matches(key, found, n=1)
         hint = f" (did you mean {nearest[0]}?)" if nearest else ""
-        raise ValueError(f"no config has or uses the key {unknown[0]}{hint}.")
+        raise ValueError(f"no config has or uses the key {key}{hint}.")
     for name, config in made.items():
-        if found := _ABSOLUTE.search(json.dumps(config)):
+        if place := _ABSOLUTE.search(json.dumps(config)):
             raise ValueError(
-                f"{name} would hold {found[1]}, a path of this computer: give its key a value below @bundle_root, "
+                f"{name} would hold {place[1]}, a path of this computer: give its key a value below @bundle_root, "
                 "in the overlay or with --overrides."
             )
     return made
@@ -112,17 +117,23 @@ def _touches(key: str, evaluate: Mapping[str, Any]) -> bool:
 
 
 def _merged(
-    config: dict[str, Any], pairs: Sequence[tuple[str, Any]], overlay: Mapping[str, Any] | None = None
+    config: dict[str, Any],
+    pairs: Sequence[tuple[str, Any]],
+    missed: dict[str, list[str]],
+    overlay: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
+    """A config with the pairs in it; ``missed`` gains the nested keys that it does not have, and those it has there."""
     overlay = overlay or {}
     parser = ConfigParser(copy.deepcopy(config))
     for key, value in pairs:
+        there = unknown_among(key.removeprefix("+"), parser.get()) if "#" in key else None
+        if there is not None:
+            missed[key] = there
+            continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "+key" without key: pruned below, or meant as key
             try:
                 merge_kv(parser, key, copy.deepcopy(value))
-            except KeyError:  # below what this config does not have
-                continue
             except ValueError as error:
                 raise ValueError(f"{key} cannot be merged: {error}") from error
     made = dict(parser.get())

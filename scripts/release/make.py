@@ -70,8 +70,8 @@ def release(
     Make a zip of the bundle for one task, as registries take it: configs that stand alone, metadata, model card and
     SBOM of that task, its weights or where they lie, scripts and licence. The same input makes the same bytes.
 
-    In ``output_dir``: <name>_v<version>.zip; beside it its sum, <name>_v<version>.zip.sha256, and model_info.json, the
-    entry for that file of the model zoo.
+    In ``output_dir``: <name>_v<version>.zip; beside it its sum, <name>_v<version>.zip.sha256, and model_info.json, with
+    an entry for each release there as the model zoo has them.
 
     Args:
         task: overlay of the task, or a list of overlays, the task's first; default: the plain configs.
@@ -87,10 +87,14 @@ def release(
 
     Raises:
         FileNotFoundError: When a file that was given does not exist.
+        FileExistsError: When there is another release of that name and version.
         ValueError: When what was given does not go together, as the message says.
     """
     if not re.fullmatch(r"[A-Za-z0-9_]+", name) or re.search(r"_v\d", name):
         raise ValueError(f"--name {name}: only letters, digits and _ are allowed, and no _v before a digit.")
+    for key, address in (("url", url), ("weights_url", weights_url)):
+        if address is not None and not re.match(r"https?://\S+$", address):
+            raise ValueError(f"--{key} {address} is no address to download from.")
     overlays = ensure_tuple(task)
     pairs, own = read_overlays(overlays, overrides)
     configs = standalone_configs(_ROOT / "configs", pairs)
@@ -143,7 +147,9 @@ def release(
     write_text(file.with_name(f"{file.name}.sha256"), f"{digest}  {file.name}\n")
     entry = {"checksum": hashlib.sha1(file.read_bytes(), usedforsecurity=False).hexdigest()}  # the zoo compares SHA-1
     entry["source"] = url or file.name
-    write_text(file.with_name("model_info.json"), _json({file.stem: entry}))
+    info = file.with_name("model_info.json")
+    entries = _read_json(str(info), "the entries of other releases") if info.exists() else {}
+    write_text(info, _json({**entries, file.stem: entry}))
     print(f"{file}, {file.stat().st_size / 1e6:.1f} MB, {len(content)} files, sha256 {digest}")
     if changed := _changed_files():
         print(f"It holds files as they are here, not as git has them: {', '.join(changed)}")
@@ -210,8 +216,6 @@ def _weights(checkpoint: Path, place: str, weights_url: str | None) -> dict[str,
     large: list[dict[str, str]] = []
     content = {}
     if weights_url is not None:
-        if not re.match(r"https?://\S+$", weights_url):
-            raise ValueError(f"--weights_url {weights_url} is no address to download from.")
         large = [{"path": place, "url": weights_url, "hash_val": _hash(checkpoint), "hash_type": "sha256"}]
     elif checkpoint.stat().st_size > LIMIT:
         size = checkpoint.stat().st_size / 1e6
@@ -232,8 +236,13 @@ def _hash(file: str | Path) -> str:
 
 def _write_zip(file: Path, top: str, content: Mapping[str, bytes]) -> None:
     """A zip whose bytes depend on nothing but what is in it."""
-    with whole_file(file) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
-        for path in sorted(content):
-            entry = zipfile.ZipInfo(f"{top}/{path}", date_time=(1980, 1, 1, 0, 0, 0))
-            entry.create_system, entry.external_attr = 3, 0o100644 << 16  # a Unix file, rw-r--r--
-            archive.writestr(entry, content[path], zipfile.ZIP_DEFLATED, 9)
+    with whole_file(file) as unfinished:
+        with zipfile.ZipFile(unfinished, "w") as archive:
+            for path in sorted(content):
+                entry = zipfile.ZipInfo(f"{top}/{path}", date_time=(1980, 1, 1, 0, 0, 0))
+                entry.create_system, entry.external_attr = 3, 0o100644 << 16  # a Unix file, rw-r--r--
+                archive.writestr(entry, content[path], zipfile.ZIP_DEFLATED, 9)
+        if file.exists() and _hash(file) != _hash(unfinished):
+            raise FileExistsError(
+                f"{file} holds another release: remove it, or give another --version or --output_dir."
+            )

@@ -122,31 +122,37 @@ def scores(summary: Mapping[str, Any], described: Described) -> dict[str, float]
         described: of the release.
 
     Returns:
-        means by metric, over the classes and of each.
+        means over the cases by metric, over the classes and of each; and the number of cases, "cases".
 
     Raises:
-        ValueError: When it is no such summary, of other classes, or a mean is no number.
+        ValueError: When it is no such summary, of other classes, or a mean or standard deviation is no number.
     """
-    wanted = {_plain(name) for name in described.output_names}
+    metrics = {metric: classes for metric, classes in summary.items() if metric != "cases"}
+    if not metrics or not isinstance(summary.get("cases"), int):
+        raise ValueError("--evaluation is no summary.json of an evaluation.")
+    wanted = {_plain(name) for name in described.output_names} | {"mean"}
     found = {}
-    for metric, classes in summary.items():
-        if metric == "cases":
-            continue
+    for metric, classes in metrics.items():
         if not isinstance(classes, Mapping) or not all(isinstance(values, Mapping) for values in classes.values()):
             raise ValueError("--evaluation is no summary.json of an evaluation.")
-        strange = next((name for name in classes if _plain(name) not in wanted | {"mean"}), None)
+        strange = next((name for name in classes if _plain(name) not in wanted), None)
         if strange is not None:
             raise ValueError(f"--evaluation is of other classes than the release: {strange}.")
+        missing = next((name for name in next(iter(metrics.values())) if name not in classes), None)
+        if missing is not None:
+            raise ValueError(f"--evaluation has no {metric} for {missing}.")
         for name, values in classes.items():
-            mean = values.get("mean")
-            if mean is None or not math.isfinite(mean):
-                raise ValueError(f"--evaluation has no mean of {metric} for {name}.")
-            short = metric.removeprefix("val_").removeprefix("mean_")
-            key = f"mean_{short}" if name == "mean" else f"{short}_{_plain(name).replace(' ', '_')}"
-            found[key] = round(mean, 4)
-    if not found or not isinstance(summary.get("cases"), int):
-        raise ValueError("--evaluation is no summary.json of an evaluation.")
-    return found
+            lacking = next((part for part in ("mean", "std") if not _is_finite(values.get(part))), None)
+            if lacking is not None:
+                raise ValueError(f"--evaluation has no {lacking} of {metric} for {name}.")
+            short = metric.removeprefix("val_").removeprefix("mean_") + ("_mm" if "hd95" in metric else "")
+            key = f"mean_{short}" + ("" if name == "mean" else f"_{_plain(name).replace(' ', '_')}")
+            found[key] = round(values["mean"], 4)
+    return {**found, "cases": summary["cases"]}
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _plain(name: str) -> str:
