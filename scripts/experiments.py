@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ from scripts.output import write_text
 
 __all__ = ["Run", "evaluate", "experiments", "planned_runs", "run_all"]
 
-_ARM_KEYS = {"configs", "overrides", "folds", "seeds"}
-_KEYS = _ARM_KEYS | {"arms"}
+_ARM_KEYS = {"configs", "overrides", "folds", "seeds", "weights_of"}
+_KEYS = _ARM_KEYS - {"weights_of"} | {"arms"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Run:
         seed: of the training; the folds do not depend on it (``split_seed`` of the configs).
         configs: config files behind configs/train.json, in this order.
         overrides: keys of the configs.
+        weights_of: the arm whose weights are evaluated, of the same fold and seed; None for its own training's.
     """
 
     arm: str
@@ -54,6 +55,7 @@ class Run:
     seed: int
     configs: tuple[str, ...]
     overrides: Mapping[str, Any]
+    weights_of: str | None = None
 
     @property
     def name(self) -> str:
@@ -61,9 +63,15 @@ class Run:
         return f"{self.arm}-fold{self.fold}-seed{self.seed}"
 
     @property
+    def trained(self) -> str:
+        """Name of the run whose weights are evaluated."""
+        return self.name if self.weights_of is None else replace(self, arm=self.weights_of).name
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What tells it from a run of the same name, as JSON has it."""
-        return json.loads(json.dumps({"configs": list(self.configs), "overrides": dict(self.overrides)}))
+        other = {} if self.weights_of is None else {"weights_of": self.weights_of}
+        return json.loads(json.dumps({"configs": list(self.configs), "overrides": dict(self.overrides), **other}))
 
 
 def planned_runs(plan: str) -> Iterator[Run]:
@@ -72,10 +80,11 @@ def planned_runs(plan: str) -> Iterator[Run]:
 
     Args:
         plan: YAML file with ``configs`` and ``overrides`` of every run, ``folds``, ``seeds``, and ``arms``: by name
-            what an arm adds to ``configs`` and ``overrides``, and its own ``folds`` and ``seeds`` where they differ.
+            what an arm adds to ``configs`` and ``overrides``, and its own ``folds`` and ``seeds`` where they differ;
+            ``weights_of`` names an arm above it whose weights it evaluates with these, in place of a training.
 
     Raises:
-        ValueError: When the file is missing or has other keys.
+        ValueError: When the file is missing or has other keys, or ``weights_of`` names no training above.
     """
     if not Path(plan).is_file():
         raise ValueError(f"{plan}: there is no such file.")
@@ -87,12 +96,18 @@ def planned_runs(plan: str) -> Iterator[Run]:
             f"{plan}: expected the keys {', '.join(sorted(_KEYS))}; unknown: {', '.join(sorted(unknown))}."
         )
     every = {key: content.get(key, [0]) for key in ("folds", "seeds")}
-    runs = []
+    runs: list[Run] = []
     for name, arm in arms.items():
         configs = (*content.get("configs", []), *arm.get("configs", []))
         overrides = {**content.get("overrides", {}), **arm.get("overrides", {})}
         for seed in arm.get("seeds", every["seeds"]):
-            runs += [Run(name, fold, seed, configs, overrides) for fold in arm.get("folds", every["folds"])]
+            for fold in arm.get("folds", every["folds"]):
+                run = Run(name, fold, seed, configs, overrides, arm.get("weights_of"))
+                if run.weights_of is not None and not any(r.name == run.trained and not r.weights_of for r in runs):
+                    raise ValueError(
+                        f"{plan}: {name}: weights_of {run.weights_of}: no training {run.trained} above it."
+                    )
+                runs.append(run)
     yield from sorted(runs, key=lambda run: (run.seed, run.fold))  # stable: arms in their order
 
 
@@ -163,12 +178,21 @@ def run_all(
         else:
             print(f"{note}\n", end="", flush=True)
             folder = Path(output_dir) / run.name
-            _train(run, dataset_dir, folder, threads)
-            evaluate(run, dataset_dir, folder, threads=threads)
+            if run.weights_of is None:
+                _train(run, dataset_dir, folder, threads)
+            else:
+                for other, future in zip(runs, futures):
+                    if other.name == run.trained:  # above this run, so that it has begun
+                        future.result()
+                if not (Path(output_dir) / run.trained / "trained").is_file():
+                    raise ValueError(f"{run.name} evaluates the weights of {run.trained}, which is not trained yet.")
+            evaluate(run, dataset_dir, folder, threads=threads, weights=Path(output_dir) / run.trained)
             write_text(result, json.dumps(_result(run, folder), indent=1) + "\n")
 
+    futures: list[Future[None]] = []
     with ThreadPoolExecutor(parallel) as workers:
-        futures = [workers.submit(work, k) for k in range(len(runs))]
+        for k in range(len(runs)):
+            futures.append(workers.submit(work, k))
         wait(futures, return_when=FIRST_EXCEPTION)  # of one that fails nothing further is begun
         workers.shutdown(cancel_futures=True)
         for future in futures:
@@ -176,21 +200,30 @@ def run_all(
                 future.result()
 
 
-def evaluate(run: Run, dataset_dir: str, folder: Path, name: str = "evaluation", threads: int | None = None) -> None:
+def evaluate(
+    run: Run,
+    dataset_dir: str,
+    folder: Path,
+    name: str = "evaluation",
+    threads: int | None = None,
+    weights: Path | None = None,
+) -> None:
     """
     Run configs/evaluate.json with a run's settings.
 
     Args:
         run: its fold's cases are evaluated, unless its overrides say otherwise.
         dataset_dir: the data set.
-        folder: holds the weights, in models/.
+        folder: the run's.
         name: of the folder in it that is written to.
         threads: of the CPU; None for PyTorch's choice.
+        weights: the folder that holds them, in models/; default: the run's.
 
     Raises:
         ChildProcessError: When it fails.
     """
-    _bundle(run, dataset_dir, folder, name, ["configs/evaluate.json"], threads=threads)
+    places = {"ckpt_dir": str((weights or folder) / "models")}
+    _bundle(run, dataset_dir, folder, name, ["configs/evaluate.json"], places, threads)
 
 
 def _train(run: Run, dataset_dir: str, folder: Path, threads: int | None) -> None:
@@ -215,8 +248,8 @@ def _bundle(
     more: Mapping[str, Any] | None = None,
     threads: int | None = None,
 ) -> None:
-    overrides: dict[str, Any] = {**run.overrides, **(more or {}), "fold": run.fold, "seed": run.seed}
-    overrides |= {"dataset_dir": dataset_dir, "ckpt_dir": str(folder / "models"), "output_dir": str(folder / name)}
+    overrides: dict[str, Any] = {**run.overrides, "fold": run.fold, "seed": run.seed, "dataset_dir": dataset_dir}
+    overrides |= {"ckpt_dir": str(folder / "models"), "output_dir": str(folder / name), **(more or {})}
     files = ["configs/train.json", *configs, *run.configs]
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(files)]
     for key, value in overrides.items():

@@ -57,7 +57,10 @@ def test_arms_have_their_own_folds_and_seeds(tmp_path):
 def test_runs_are_done_once_and_go_on_where_they_stopped(phantom_dir, tmp_path):
     plan = tmp_path / "plan.yaml"
     overrides = {**PLAN["overrides"], "checkpoint": "$@ckpt_dir + '/last.pt'"}  # evaluation's alone
-    plan.write_text(json.dumps({**PLAN, "overrides": overrides, "folds": [2]}))
+    overrides["learning_rate"] = 1e-4  # with more, so few steps end at background everywhere
+    arms = {"without_tom": PLAN["arms"]["without_tom"], "plain": None}
+    arms["flipped"] = {"weights_of": "plain", "overrides": {"flip_axes": [0, 1, 2]}}
+    plan.write_text(json.dumps({**PLAN, "overrides": overrides, "folds": [2], "arms": arms}))
     folders = {name: tmp_path / name for name in ("runs", "results")}
     command = [sys.executable, "-m", "scripts.experiments", str(plan), str(phantom_dir)]
     command += [*(str(folder) for folder in folders.values()), "--parallel", "2"]
@@ -70,6 +73,10 @@ def test_runs_are_done_once_and_go_on_where_they_stopped(phantom_dir, tmp_path):
     dice = [values["val_mean_dice"]["liver-like"] for values in one["cases"].values()]
     assert sum(dice) / 2 == pytest.approx(one["summary"]["val_mean_dice"]["liver-like"]["mean"], abs=1e-4)
 
+    flipped = written["flipped-fold2-seed0.json"]
+    assert flipped["weights_of"] == "plain" and not (folders["runs"] / "flipped-fold2-seed0" / "models").exists()
+    assert flipped["summary"] != written["plain-fold2-seed0.json"]["summary"]
+
     lost = folders["results"] / "plain-fold2-seed0.json"
     lost.unlink()
     before = {file.name: file.stat().st_mtime_ns for file in folders["results"].iterdir()}
@@ -77,7 +84,7 @@ def test_runs_are_done_once_and_go_on_where_they_stopped(phantom_dir, tmp_path):
     trained = checkpoint.stat().st_mtime_ns
     shutil.rmtree(folders["runs"] / "plain-fold2-seed0" / "evaluation")
     result = subprocess.run(command, cwd=BUNDLE_ROOT, capture_output=True, text=True)
-    assert result.returncode == 0 and result.stdout.count("done before") == 1, result.stderr[-3000:]
+    assert result.returncode == 0 and result.stdout.count("done before") == 2, result.stderr[-3000:]
     assert json.loads(lost.read_text())["summary"] == written[lost.name]["summary"]
     assert checkpoint.stat().st_mtime_ns == trained  # evaluated again, not trained again
     assert all((folders["results"] / name).stat().st_mtime_ns == time for name, time in before.items())
@@ -102,6 +109,11 @@ def test_a_failing_run_says_why(plan, tmp_path):
         ({**PLAN, "seed": [1]}, "unknown: seed"),
         ({"folds": [0]}, "expected the keys"),
         ({**PLAN, "arms": {"a": {"override": {}}}}, "unknown: override"),
+        (
+            {**PLAN, "arms": {"b": {"weights_of": "a"}, "a": None}},
+            "b: weights_of a: no training a-fold0-seed0 above it",
+        ),
+        ({**PLAN, "arms": {"a": None, "b": {"weights_of": "a", "seeds": [1]}}}, "no training a-fold0-seed1 above it"),
     ],
 )
 def test_bad_plans(content, message, tmp_path):
