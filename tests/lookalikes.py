@@ -141,6 +141,6 @@ def write_series(folder: Path, volume: np.ndarray, affine: np.ndarray, numbers: 
         slice_.BitsAllocated, slice_.BitsStored, slice_.HighBit, slice_.PixelRepresentation = 16, 16, 15, 0
         slice_.RescaleIntercept, slice_.RescaleSlope = -1024, 1
         slice_.PixelData = (volume[:, :, k].T + 1024).astype(np.uint16).tobytes()
-        files.append(folder / f"slice_{(7 * k) % volume.shape[2]:03d}.dcm")  # names tell nothing of the order
+        files.append(folder / f"slice_{389 * k % 997:03d}.dcm")  # names tell nothing of the order
         slice_.save_as(files[-1], enforce_file_format=True)
     return files
