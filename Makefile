@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 LABEL_VENV ?= .venv-label
+DEPLOY_VENV ?= .venv-deploy
 # For example: make test PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_OPTIONS ?=
 DEMO ?= demo
@@ -19,18 +20,19 @@ TESTABLE := $(VENV)/.testable
 BUNDLE := $(BIN)/python -m monai.bundle run
 DEMO_TASK := configs/tasks/phantom.yaml
 
-.PHONY: help demo test label-test lint bench gpu-bench release clean
+.PHONY: help demo test label-test deploy-test lint bench gpu-bench release clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   train, evaluate and infer on synthetic phantoms; prints Dice and the paths of pictures"
 	@echo "make test   all tests"
 	@echo "make label-test  the bundle in a real MONAI Label server; needs 4 GB of disk, and the hippocampus data"
+	@echo "make deploy-test  the bundle as an application of MONAI Deploy; needs 2 GB of disk with the CPU build of PyTorch, and the data"
 	@echo "make lint   style and types"
 	@echo "make bench  what the scan engines and the networks cost on this CPU; writes docs/benchmarks"
 	@echo "make gpu-bench  the same on a CUDA GPU, beside MONAI's networks"
 	@echo "make release  a zip for registries in dist/; TASK=configs/tasks/T.yaml VERSION=X RELEASE_OPTIONS=\"--checkpoint model.pt\""
-	@echo "make clean  remove $(DEMO)/, caches, $(VENV)/ and $(LABEL_VENV)/"
+	@echo "make clean  remove $(DEMO)/, caches, $(VENV)/, $(LABEL_VENV)/ and $(DEPLOY_VENV)/"
 
 $(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=...")'
@@ -67,6 +69,16 @@ $(LABEL_VENV)/.installed: tests/monai_label_constraints.txt
 label-test: $(TESTABLE) $(LABEL_VENV)/.installed
 	SEGRESMAMBA_LABEL_VENV=$(LABEL_VENV) $(BIN)/python -m pytest -q tests/test_monai_label.py
 
+$(DEPLOY_VENV)/.installed: tests/deploy_constraints.txt
+	$(PYTHON) -m venv $(DEPLOY_VENV)
+	PIP_CONSTRAINT=$(CURDIR)/$< $(DEPLOY_VENV)/bin/python -m pip install $(PIP_OPTIONS) \
+		torch monai-deploy-app-sdk==4.0.0 monai==1.6.1 pydicom highdicom nibabel numba matplotlib PyYAML
+	@touch $@
+
+# Holoscan, which the SDK runs on, asks for 32 MB of stack.
+deploy-test: $(INSTALLED) $(DEPLOY_VENV)/.installed
+	ulimit -s 32768; SEGRESMAMBA_DEPLOY_VENV=$(DEPLOY_VENV) $(BIN)/python -m pytest -q tests/test_deploy.py
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check scripts tests
 	$(BIN)/isort --check scripts tests
@@ -85,5 +97,5 @@ release: $(INSTALLED)
 	$(BIN)/python -m scripts.release $(if $(TASK),--task $(TASK)) $(if $(VERSION),--version $(VERSION)) $(RELEASE_OPTIONS)
 
 clean:
-	rm -rf $(DEMO) $(VENV) $(LABEL_VENV) .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(DEMO) $(VENV) $(LABEL_VENV) $(DEPLOY_VENV) .pytest_cache .ruff_cache .mypy_cache
 	find scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -19,11 +19,16 @@ from typing import Any
 import numpy as np
 from monai.utils import optional_import
 
-__all__ = ["check_series", "read_series", "series_folders"]
+__all__ = ["add_empty", "check_series", "read_series", "series_folders"]
 
 _NEEDED = (
     *("SeriesInstanceUID", "InstanceNumber", "Rows", "Columns"),
     *("PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient"),
+)
+# What DICOM lets be empty, but not absent; anonymisation often takes them away.
+_MAY_BE_EMPTY = (
+    *("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber"),
+    *("StudyID", "StudyDate", "StudyTime", "ReferringPhysicianName"),
 )
 
 
@@ -124,6 +129,18 @@ def read_series(folder: str | os.PathLike, **options: Any) -> list:
         if missing:
             raise ValueError(f"{file} has no {missing[0]}: it is no slice of a CT or MR series, or multi-frame.")
     return sorted(slices, key=lambda header: int(header.InstanceNumber))
+
+
+def add_empty(header: Any) -> None:
+    """
+    Give a slice what highdicom takes over from it, and DICOM lets be empty, but not absent.
+
+    Args:
+        header: pydicom's data set, which is changed.
+    """
+    for tag in _MAY_BE_EMPTY:
+        if tag not in header:
+            setattr(header, tag, None)
 
 
 def _files(folder: Path) -> list[Path]:

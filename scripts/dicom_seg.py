@@ -23,21 +23,10 @@ from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.utils import optional_import
 
-from scripts.dicom import read_series
+from scripts.dicom import add_empty, read_series
 from scripts.output import case_name, whole_file
 
 __all__ = ["DicomSegmentations", "dicom_segmentation"]
-
-# What DICOM lets be empty, but not absent; anonymisation often takes them away.
-_MAY_BE_EMPTY: tuple[str, ...] = (
-    "PatientID",
-    "PatientName",
-    "PatientBirthDate",
-    "PatientSex",
-    "AccessionNumber",
-    "StudyID",
-)
-_MAY_BE_EMPTY += ("StudyDate", "StudyTime", "ReferringPhysicianName")
 
 
 class DicomSegmentations:
@@ -116,9 +105,7 @@ def dicom_segmentation(label: MetaTensor, series: str | os.PathLike, class_names
         raise ValueError("no class has a name: a DICOM segmentation would be empty.")
     slices = read_series(series)
     for header in slices:
-        for tag in _MAY_BE_EMPTY:
-            if tag not in header:
-                setattr(header, tag, None)
+        add_empty(header)
     planes = np.asarray(label)[0].transpose(2, 1, 0)
     if planes.shape != (len(slices), slices[0].Rows, slices[0].Columns):
         raise ValueError(f"the label map's slices, {planes.shape}, are not those of {series}.")
