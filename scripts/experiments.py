@@ -17,9 +17,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,7 @@ def run_all(
         ChildProcessError: When a training or an evaluation fails.
         ValueError: When a run's folder or result is that of another run with the same name.
     """
-    begin = time.monotonic()
+    begin, failed = time.monotonic(), threading.Event()
     threads = max(1, (os.cpu_count() or 1) // parallel) if parallel > 1 else None
 
     for run in runs:
@@ -169,6 +170,14 @@ def run_all(
                 raise ValueError(f"{file} is of a run with other settings: give other folders, or remove it.")
 
     def work(k: int) -> None:
+        try:
+            if not failed.is_set():  # of one that fails nothing further is begun
+                step(k)
+        except BaseException:
+            failed.set()
+            raise
+
+    def step(k: int) -> None:
         run, note = runs[k], f"[{k + 1}/{len(runs)}] {runs[k].name}"
         result = Path(results_dir) / f"{run.name}.json"
         if result.is_file():
@@ -193,11 +202,8 @@ def run_all(
     with ThreadPoolExecutor(parallel) as workers:
         for k in range(len(runs)):
             futures.append(workers.submit(work, k))
-        wait(futures, return_when=FIRST_EXCEPTION)  # of one that fails nothing further is begun
-        workers.shutdown(cancel_futures=True)
-        for future in futures:
-            if not future.cancelled():
-                future.result()
+    for future in futures:
+        future.result()
 
 
 def evaluate(

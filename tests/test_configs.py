@@ -32,6 +32,7 @@ from packaging.specifiers import SpecifierSet
 
 from scripts.autocast_inferer import AutocastInferer
 from scripts.benchmark.networks import build_network
+from scripts.clear_errors import ClearErrors
 from scripts.datafolder import channel_count, class_names, image_list
 from scripts.phantom import PHANTOM_CLASSES, make_phantom
 from tests.conftest import BUNDLE_ROOT, TINY
@@ -597,32 +598,52 @@ def one_error(result: subprocess.CompletedProcess) -> str:
     return last + result.stderr.split(last)[-1]
 
 
-def test_malformed_dataset_json_is_one_clear_error(tmp_path, phantom_dir, run_bundle):
+@pytest.fixture
+def hook(capfd):
+    """What the hook, which runs from the command line have in place, prints of an error of this process."""
+
+    def printed(caught: pytest.ExceptionInfo) -> str:
+        capfd.readouterr()
+        ClearErrors(lambda *_: pytest.fail("no clear error"))(caught.type, caught.value, caught.tb)
+        return capfd.readouterr().err
+
+    return printed
+
+
+def test_malformed_dataset_json_is_one_clear_error(tmp_path, phantom_dir, workflow, hook):
     data = broken_copy(phantom_dir, tmp_path / "data", "none")
     (data / "dataset.json").write_text("{oops")
-    error = one_error(run_bundle(["train"], dataset_dir=data))
+    with pytest.raises(RuntimeError) as caught:
+        workflow(["train"], dataset_dir=str(data))
+    error = hook(caught)
     assert str(data / "dataset.json") in error and "not valid JSON" in error
 
 
-@pytest.mark.parametrize("configs", [["inference"], ["train", "evaluate"]])
-def test_missing_weights_are_one_clear_error(configs, tmp_path, trained, run_bundle):
-    folds = {"num_folds": 3} if "evaluate" in configs else {}
-    error = one_error(run_bundle(configs, dataset_dir=trained.data, ckpt_dir=tmp_path, **folds))
+def test_missing_weights_are_one_clear_error(tmp_path, trained, run_bundle, workflow, hook):
+    error = one_error(run_bundle(["inference"], dataset_dir=trained.data, ckpt_dir=tmp_path))
     assert f"no weights at {tmp_path}/model.pt" in error and "--checkpoint" in error
+    places = {"dataset_dir": str(trained.data), "ckpt_dir": str(tmp_path), "num_folds": 3}
+    with pytest.raises(RuntimeError) as caught:
+        workflow(["train", "evaluate"], "evaluation", **places).run()
+    assert f"no weights at {tmp_path}/model.pt" in hook(caught)
 
 
-def test_weights_of_another_network_are_one_clear_error(tmp_path, trained, run_bundle):
-    overrides = {**INFERENCE, "channels": [8, 24], "dataset_dir": trained.data, "ckpt_dir": trained.models}
-    error = one_error(run_bundle(["inference", "tasks/phantom.yaml"], **overrides, output_dir=tmp_path / "out"))
+def test_weights_of_another_network_are_one_clear_error(tmp_path, trained, workflow, hook):
+    overrides = {**INFERENCE, "channels": [8, 24], "dataset_dir": str(trained.data), "ckpt_dir": str(trained.models)}
+    with pytest.raises(RuntimeError) as caught:
+        workflow(["inference", "tasks/phantom.yaml"], "inference", **overrides, output_dir=str(tmp_path)).run()
+    error = hook(caught)
     assert "model.pt holds the weights of another network" in error and "24" in error
 
 
-def test_damaged_image_stops_inference_before_it_starts(tmp_path, trained, run_bundle):
+def test_damaged_image_stops_inference_before_it_starts(tmp_path, trained, workflow, hook):
     images = tmp_path / "images"
     shutil.copytree(trained.data / "imagesTs", images)
     (images / "zzz.nii.gz").write_text("this is no image")
-    overrides = {**INFERENCE, "dataset_dir": images, "ckpt_dir": trained.models, "num_classes": 5}
-    error = one_error(run_bundle(["inference", "tasks/phantom.yaml"], **overrides, output_dir=tmp_path / "out"))
+    overrides = {**INFERENCE, "dataset_dir": str(images), "ckpt_dir": str(trained.models), "num_classes": 5}
+    with pytest.raises(RuntimeError) as caught:
+        workflow(["inference", "tasks/phantom.yaml"], "inference", **overrides, output_dir=str(tmp_path / "out")).run()
+    error = hook(caught)
     assert "zzz.nii.gz" in error and "cannot be read" in error
     assert not list(tmp_path.glob("out/*.nii.gz"))
 

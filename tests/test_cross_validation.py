@@ -18,6 +18,7 @@ import sys
 import pytest
 import torch
 
+from scripts.cross_validation import cross_validation
 from scripts.ensemble import Ensemble, join_weights
 from tests.conftest import BUNDLE_ROOT, TINY
 
@@ -35,7 +36,7 @@ def test_an_ensemble_is_the_mean(tmp_path):
         join_weights([tmp_path / "3.pt"], tmp_path / "ensemble.pt")
 
 
-def test_cross_validation_goes_on_where_it_stopped(phantom_dir, tmp_path, run_bundle):
+def test_cross_validation_goes_on_where_it_stopped(phantom_dir, tmp_path, run_bundle, monkeypatch, capfd):
     """All labelled cases are evaluated once, and the ensemble's evaluation and inference run."""
     names = sorted(file.name.removesuffix(".nii.gz") for file in (phantom_dir / "imagesTr").iterdir())
     settings = {key: value for key, value in TINY.items() if key not in ("num_folds", "max_epochs")}
@@ -63,10 +64,12 @@ def test_cross_validation_goes_on_where_it_stopped(phantom_dir, tmp_path, run_bu
 
     last = tmp_path / "cv" / "cross_validation-fold1-seed0" / "models" / "last.pt"
     written = last.stat().st_mtime_ns
-    again = subprocess.run(command, cwd=BUNDLE_ROOT, capture_output=True, text=True)
-    assert again.returncode == 0 and again.stdout.count("done before") == 2
+    monkeypatch.chdir(BUNDLE_ROOT)
+    given = {"config_file": ["configs/tasks/phantom.yaml"], "num_folds": 2, "parallel": 2, **settings}
+    cross_validation(str(phantom_dir), str(tmp_path / "cv"), **given)
+    assert capfd.readouterr().out.count("done before") == 2
     assert last.stat().st_mtime_ns == written
     assert json.loads((tmp_path / "cv" / "summary.json").read_text()) == summary
-    for other, message in (("--seed", "of another cross-validation"), ("--weight_decay", "with other settings")):
-        refused = subprocess.run([*command, other, "1"], cwd=BUNDLE_ROOT, capture_output=True, text=True)
-        assert refused.returncode and message in refused.stderr, refused.stderr[-2000:]
+    for other, message in (("seed", "of another cross-validation"), ("weight_decay", "with other settings")):
+        with pytest.raises(ValueError, match=message):
+            cross_validation(str(phantom_dir), str(tmp_path / "cv"), **{**given, other: 1})

@@ -54,7 +54,7 @@ def test_arms_have_their_own_folds_and_seeds(tmp_path):
     assert names[3:] == ["plain-fold0-seed1", "plain-fold2-seed1"]
 
 
-def test_runs_are_done_once_and_go_on_where_they_stopped(phantom_dir, tmp_path):
+def test_runs_are_done_once_and_go_on_where_they_stopped(phantom_dir, tmp_path, monkeypatch, capfd):
     plan = tmp_path / "plan.yaml"
     overrides = {**PLAN["overrides"], "checkpoint": "$@ckpt_dir + '/last.pt'"}  # evaluation's alone
     overrides["learning_rate"] = 1e-4  # with more, so few steps end at background everywhere
@@ -83,21 +83,24 @@ def test_runs_are_done_once_and_go_on_where_they_stopped(phantom_dir, tmp_path):
     checkpoint = folders["runs"] / "plain-fold2-seed0" / "models" / "last.pt"
     trained = checkpoint.stat().st_mtime_ns
     shutil.rmtree(folders["runs"] / "plain-fold2-seed0" / "evaluation")
-    result = subprocess.run(command, cwd=BUNDLE_ROOT, capture_output=True, text=True)
-    assert result.returncode == 0 and result.stdout.count("done before") == 2, result.stderr[-3000:]
+    monkeypatch.chdir(BUNDLE_ROOT)
+    places = [str(phantom_dir), *(str(folder) for folder in folders.values())]
+    experiments(str(plan), *places)
+    assert capfd.readouterr().out.count("done before") == 2
     assert json.loads(lost.read_text())["summary"] == written[lost.name]["summary"]
     assert checkpoint.stat().st_mtime_ns == trained  # evaluated again, not trained again
     assert all((folders["results"] / name).stat().st_mtime_ns == time for name, time in before.items())
 
     plan.write_text(json.dumps({**PLAN, "folds": [2], "overrides": {**PLAN["overrides"], "learning_rate": 0.1}}))
     with pytest.raises(ValueError, match="plain-fold2-seed0.json is of a run with other settings"):
-        experiments(str(plan), str(phantom_dir), *(str(folder) for folder in folders.values()))
+        experiments(str(plan), *places)
 
 
 def test_a_failing_run_says_why(plan, tmp_path):
     with pytest.raises(ChildProcessError, match="training of plain-fold0-seed0 failed.*(\n.*)*does not exist"):
         experiments(str(plan), str(tmp_path / "nowhere"), str(tmp_path / "runs"), str(tmp_path / "results"))
     assert not (tmp_path / "results").exists()
+    assert [folder.name for folder in (tmp_path / "runs").iterdir()] == ["plain-fold0-seed0"]  # none begun after it
     folders = [str(tmp_path / name) for name in ("nowhere", "runs", "results")]
     with pytest.raises(ChildProcessError, match="training of without_tom-fold0-seed0 failed"):
         experiments(str(plan), *folders, arms="without_tom")

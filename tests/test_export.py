@@ -9,8 +9,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Files are written by the commands that a user gives and run, by a process that does not see this repository, on
-volumes whose logits the network has computed here."""
+"""Files are run by a process that does not see this repository, on volumes whose logits the network computed here."""
 
 from __future__ import annotations
 
@@ -18,14 +17,14 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from scripts import export as command
-from scripts.export import FORMATS, TOLERANCE
+from scripts.export import FORMATS, TOLERANCE, exported_program
 from scripts.segresmamba import SegResMamba
 from scripts.selective_scan.chunked import scan
 from scripts.selective_scan.traceable import traceable_scan
@@ -70,21 +69,17 @@ def checkpoint(network: SegResMamba, tmp_path_factory: pytest.TempPathFactory) -
     return path
 
 
-def call(*arguments: object) -> subprocess.CompletedProcess:
-    options = [part for key, value in NETWORK.items() for part in (f"--{key}", str(value))]
-    return subprocess.run(
-        [sys.executable, "-m", *map(str, arguments), *options],
-        cwd=BUNDLE_ROOT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+@pytest.fixture(scope="module")
+def trace_once() -> Callable[..., torch.export.ExportedProgram]:
+    """Traces the network of these tests for the first format, and has it at hand for the others: it takes long."""
+    made: list[torch.export.ExportedProgram] = []
 
+    def trace(*arguments: object) -> torch.export.ExportedProgram:
+        if not made:
+            made.append(exported_program(*arguments))
+        return made[0]
 
-def export(kind: str, output: Path, checkpoint: Path, *options: object) -> subprocess.CompletedProcess:
-    patch = ["--patch_size", str(list(PATCH))]
-    return call("scripts.export", "--format", kind, "--output", output, "--checkpoint", checkpoint, *patch, *options)
+    return trace
 
 
 def check_elsewhere(kind: str, file: Path, network: SegResMamba, shapes: Sequence[tuple[int, ...]]) -> None:
@@ -111,24 +106,26 @@ def check_elsewhere(kind: str, file: Path, network: SegResMamba, shapes: Sequenc
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_file_runs_without_the_repository(tmp_path, network, checkpoint, kind):
+def test_a_file_runs_without_the_repository(tmp_path, network, checkpoint, kind, trace_once, monkeypatch, capfd):
     if kind == "onnx":
         for package in ("onnx", "onnxscript", "onnxruntime"):
             pytest.importorskip(package)
     file = tmp_path / f"model{FORMATS[kind]}"
-    result = export(kind, file, checkpoint)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert result.stdout.count("largest difference of a logit") == 3
-    assert " MB, patch (16, 24, 20) in " in result.stdout
+    monkeypatch.chdir(BUNDLE_ROOT)
+    monkeypatch.setattr(command, "exported_program", trace_once)
+    command.export_bundle(str(file), kind, checkpoint=str(checkpoint), patch_size=list(PATCH), **NETWORK)
+    said = capfd.readouterr().out
+    assert said.count("largest difference of a logit") == 3 and " MB, patch (16, 24, 20) in " in said
     assert os.listdir(tmp_path) == [file.name]  # nothing half-written
     check_elsewhere(kind, file, network, SHAPES)
 
 
 def test_torchscript_by_ckpt_export(tmp_path, network, checkpoint):
-    options = ["--filepath", tmp_path / "model.ts", "--ckpt_file", checkpoint, "--net_id", "network_def"]
-    options += ["--config_file", "configs/inference.json", "--meta_file", "configs/metadata.json"]
-    options += ["--use_trace", "True", "--input_shape", [1, 1, *PATCH], "--bundle_root", "."]
-    result = call("monai.bundle", "ckpt_export", *options)
+    options = {"filepath": tmp_path / "model.ts", "ckpt_file": checkpoint, "net_id": "network_def", **NETWORK}
+    options |= {"config_file": "configs/inference.json", "meta_file": "configs/metadata.json", "bundle_root": "."}
+    options |= {"use_trace": True, "input_shape": [1, 1, *PATCH]}
+    command = [sys.executable, "-m", "monai.bundle", "ckpt_export", *(f"--{key}={options[key]}" for key in options)]
+    result = subprocess.run(command, cwd=BUNDLE_ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     check_elsewhere("ts", tmp_path / "model.ts", network, TRACED_SHAPES)
 
@@ -142,6 +139,21 @@ def test_the_loops_of_torchscript_and_of_the_operators_give_the_same(length):
     index = torch.randperm(length, generator=generator)
     for actual, expected in zip(traceable_scan(u, delta, A, B, C, index), scan(u, delta, A, B, C, index=index)):
         torch.testing.assert_close(actual, expected)
+
+
+def test_norms_of_large_volumes_keep_their_digits(tmp_path):
+    """Over groups of 10^5 voxels and more, and with parameters of every channel."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    generator = torch.Generator().manual_seed(0)
+    network = torch.nn.GroupNorm(8, 16)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    volume = torch.randn(1, 16, 40, 56, 40, generator=generator).mul(3).exp()
+    command.save(exported_program(network, (40, 56, 40), 16, dynamic=False), tmp_path / "norm.onnx", "onnx")
+    normed = command.load(tmp_path / "norm.onnx", "onnx")(volume)
+    expected = network.double()(volume.double()).detach()
+    torch.testing.assert_close(normed.double(), expected, rtol=0, atol=1e-6 * expected.abs().max().item())
 
 
 def test_what_differs_is_not_written(tmp_path, network, checkpoint, monkeypatch):

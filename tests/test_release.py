@@ -257,6 +257,7 @@ def test_small_weights_come_along(released, trained, tmp_path, monkeypatch):
 def test_scores_and_card_go_with_the_weights_they_are_of(tmp_path):
     """A release of the plain configs: with the weights of the repository, with others, and with none."""
     weights = BUNDLE_ROOT / "models" / "model.pt"
+    dice = json.loads((CONFIGS / "metadata.json").read_text())["eval_metrics"]["mean_dice_anterior"]
     other = tmp_path / "zeros.pt"
     torch.save({name: value * 0 for name, value in torch.load(weights, weights_only=True).items()}, other)
     for checkpoint, scored in ((weights, True), (other, False), (None, False)):
@@ -268,7 +269,7 @@ def test_scores_and_card_go_with_the_weights_they_are_of(tmp_path):
             card, hub = (archive.read(f"segresmamba/{page}").decode() for page in ("docs/README.md", "README.md"))
             names = set(archive.namelist())
             assert ("segresmamba/models/model.pt" in names) == (checkpoint is not None)
-        assert bool(meta["eval_metrics"]) == scored == ("0.894 ± 0.031" in card)
+        assert bool(meta["eval_metrics"]) == scored == (f"| anterior | {dice:.3f} ±" in card)
         for page, above in ((card, "segresmamba/docs"), (hub, "segresmamba")):
             links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page)
             assert all(os.path.normpath(f"{above}/{link}") in names for link in links), links
