@@ -269,9 +269,9 @@ def test_half_precision(engine, dtype):
 def test_engines_agree_in_a_whole_network():
     def network(engine: str) -> SegResMamba:
         torch.manual_seed(3)
-        return SegResMamba(channels=(8, 24), depths=(1, 2), scan_engine=engine)
+        return SegResMamba(channels=(8, 24), depths=(1, 1), scan_engine=engine)
 
-    x = torch.randn(2, 1, 9, 8, 11)
+    x = torch.randn(1, 1, 9, 8, 11)
     results = {engine: run(net, net, x) for engine in ENGINES for net in [network(engine)]}
     expected = results.pop("reference")
     assert results
