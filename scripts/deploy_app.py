@@ -27,6 +27,12 @@ from typing import Any
 
 import numpy as np
 from monai.bundle import ConfigParser
+
+try:
+    import monai.deploy  # noqa: F401
+except ImportError as error:
+    raise ImportError("MONAI Deploy App SDK is missing: it wants an environment of its own, docs/deploy.md.") from error
+
 from monai.deploy.conditions import CountCondition
 from monai.deploy.core import AppContext, Application, Image, IOType, init_app_context
 from monai.deploy.operators import (
@@ -61,8 +67,8 @@ class SegmentationApp(Application):
 
     Raises:
         FileNotFoundError: When the bundle has no weights.
-        ValueError: When its network takes images of several channels, of which a series has one, or the weights are
-            another network's.
+        ValueError: When its network takes images of several channels, of which a series has one, its checkpoint is not
+            models/model.pt, or the weights are another network's.
     """
 
     def __init__(self, context: AppContext, series: Path, bundle: Path) -> None:
@@ -72,6 +78,9 @@ class SegmentationApp(Application):
         parser = ConfigParser(ConfigParser.load_config_file(bundle / "configs" / "inference.json"))
         if parser.get_parsed_content("in_channels") != 1:
             raise ValueError(f"{bundle}: its network takes images of several channels, a DICOM series has one.")
+        checkpoint = Path(parser.get_parsed_content("checkpoint"))
+        if checkpoint.absolute() != bundle / "models" / "model.pt":
+            raise ValueError(f"{bundle}: its checkpoint is {checkpoint}, but MONAI Deploy takes models/model.pt.")
         parser.get_parsed_content("weights_check")
         self.labels: list[str] = parser.get_parsed_content("label_names")[1:]
         self.version = json.loads((bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))["version"]
@@ -153,14 +162,21 @@ def one_series(folder: str | os.PathLike) -> Path:
 def main() -> None:
     """
     Run the application. Command line and environment variables are those of all applications of MONAI Deploy;
-    ``--model`` names another bundle than the one that this file is in.
+    ``--model`` (``HOLOSCAN_MODEL_PATH``) names another bundle than the one that this file is in.
+
+    Raises:
+        FileNotFoundError: When there is no series, no bundle, or the bundle has no weights.
+        ValueError: When series or bundle cannot be used, as the message says.
     """
     install()
     context = init_app_context(sys.argv)
-    series, bundle = one_series(context.input_path), Path(context.args.get("model", _ROOT))
+    series = one_series(context.input_path).absolute()
+    bundle = Path(context.args.get("model") or os.environ.get("HOLOSCAN_MODEL_PATH") or _ROOT).absolute()
+    if not (bundle / "configs" / "inference.json").is_file():
+        raise FileNotFoundError(f"{bundle} is no bundle: it has no configs/inference.json.")
     context.output_path = os.path.abspath(context.output_path)
     os.chdir(bundle)  # which the config's paths start from
-    SegmentationApp(context, series.absolute(), bundle).run()
+    SegmentationApp(context, series, bundle).run()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class Run:
         seed: of the training; the folds do not depend on it (``split_seed`` of the configs).
         configs: config files behind configs/train.json, in this order.
         overrides: keys of the configs.
-        weights_of: the arm whose weights are evaluated, of the same fold and seed; None for its own training's.
+        weights_of: the run whose weights are evaluated; None for a training of its own.
     """
 
     arm: str
@@ -56,7 +56,7 @@ class Run:
     seed: int
     configs: tuple[str, ...]
     overrides: Mapping[str, Any]
-    weights_of: str | None = None
+    weights_of: Run | None = None
 
     @property
     def name(self) -> str:
@@ -64,14 +64,9 @@ class Run:
         return f"{self.arm}-fold{self.fold}-seed{self.seed}"
 
     @property
-    def trained(self) -> str:
-        """Name of the run whose weights are evaluated."""
-        return self.name if self.weights_of is None else replace(self, arm=self.weights_of).name
-
-    @property
     def settings(self) -> dict[str, Any]:
         """What tells it from a run of the same name, as JSON has it."""
-        other = {} if self.weights_of is None else {"weights_of": self.weights_of}
+        other = {} if self.weights_of is None else {"weights_of": self.weights_of.arm}
         return json.loads(json.dumps({"configs": list(self.configs), "overrides": dict(self.overrides), **other}))
 
 
@@ -82,7 +77,8 @@ def planned_runs(plan: str) -> Iterator[Run]:
     Args:
         plan: YAML file with ``configs`` and ``overrides`` of every run, ``folds``, ``seeds``, and ``arms``: by name
             what an arm adds to ``configs`` and ``overrides``, and its own ``folds`` and ``seeds`` where they differ;
-            ``weights_of`` names an arm above it whose weights it evaluates with these, in place of a training.
+            ``weights_of`` names an arm above it whose weights it evaluates in place of a training, with that arm's
+            ``configs`` and ``overrides`` below its own.
 
     Raises:
         ValueError: When the file is missing or has other keys, or ``weights_of`` names no training above.
@@ -99,17 +95,20 @@ def planned_runs(plan: str) -> Iterator[Run]:
     every = {key: content.get(key, [0]) for key in ("folds", "seeds")}
     runs: list[Run] = []
     for name, arm in arms.items():
-        configs = (*content.get("configs", []), *arm.get("configs", []))
-        overrides = {**content.get("overrides", {}), **arm.get("overrides", {})}
         for seed in arm.get("seeds", every["seeds"]):
             for fold in arm.get("folds", every["folds"]):
-                run = Run(name, fold, seed, configs, overrides, arm.get("weights_of"))
-                if run.weights_of is not None and not any(r.name == run.trained and not r.weights_of for r in runs):
-                    raise ValueError(
-                        f"{plan}: {name}: weights_of {run.weights_of}: no training {run.trained} above it."
-                    )
-                runs.append(run)
-    yield from sorted(runs, key=lambda run: (run.seed, run.fold))  # stable: arms in their order
+                base = Run("", fold, seed, tuple(content.get("configs", [])), content.get("overrides", {}))
+                other = None
+                if "weights_of" in arm:
+                    wanted = replace(base, arm=arm["weights_of"]).name
+                    other = next((run for run in runs if run.name == wanted and run.weights_of is None), None)
+                    if other is None:
+                        raise ValueError(f"{plan}: weights_of of {name}: there is no training {wanted} above it.")
+                    base = other
+                configs = (*base.configs, *arm.get("configs", []))
+                runs.append(Run(name, fold, seed, configs, {**base.overrides, **arm.get("overrides", {})}, other))
+    # Stable: arms in their order, but what waits for another's weights behind the trainings.
+    yield from sorted(runs, key=lambda run: (run.seed, run.fold, run.weights_of is not None))
 
 
 def experiments(
@@ -135,7 +134,8 @@ def experiments(
         arms: run these alone; none for all.
 
     Raises:
-        ValueError: When the plan is malformed.
+        ValueError: When the plan is malformed, or as :py:func:`run_all`.
+        FileNotFoundError: As :py:func:`run_all`.
         ChildProcessError: When a training or an evaluation fails; the last lines of its log are in the message.
     """
     runs = [run for run in planned_runs(plan) if not arms or run.arm in ensure_tuple(arms)]
@@ -158,15 +158,20 @@ def run_all(
 
     Raises:
         ChildProcessError: When a training or an evaluation fails.
+        FileNotFoundError: When the weights of another run that a run evaluates are not there.
         ValueError: When a run's folder or result is that of another run with the same name.
     """
     begin, failed = time.monotonic(), threading.Event()
     threads = max(1, (os.cpu_count() or 1) // parallel) if parallel > 1 else None
 
     for run in runs:
-        for file in (Path(results_dir) / f"{run.name}.json", Path(output_dir) / run.name / "settings.json"):
-            before = json.loads(file.read_text()) if file.is_file() else {}
-            if any(before.get(key, value) != value for key, value in run.settings.items()):
+        training = run.weights_of or run
+        for file, settings in (
+            (Path(results_dir) / f"{run.name}.json", run.settings),
+            (Path(output_dir) / training.name / "settings.json", training.settings),
+        ):
+            before = json.loads(file.read_text()) if file.is_file() else settings
+            if any(before.get(key) != settings.get(key) for key in ("configs", "overrides", "weights_of")):
                 raise ValueError(f"{file} is of a run with other settings: give other folders, or remove it.")
 
     def work(k: int) -> None:
@@ -186,22 +191,29 @@ def run_all(
             print(f"{note}: left for another time\n", end="", flush=True)
         else:
             print(f"{note}\n", end="", flush=True)
-            folder = Path(output_dir) / run.name
+            folder = weights = Path(output_dir) / run.name
             if run.weights_of is None:
                 _train(run, dataset_dir, folder, threads)
             else:
-                for other, future in zip(runs, futures):
-                    if other.name == run.trained:  # above this run, so that it has begun
-                        future.result()
-                if not (Path(output_dir) / run.trained / "trained").is_file():
-                    raise ValueError(f"{run.name} evaluates the weights of {run.trained}, which is not trained yet.")
-            evaluate(run, dataset_dir, folder, threads=threads, weights=Path(output_dir) / run.trained)
+                if run.weights_of in runs:  # ahead of this run, so that it has begun
+                    futures[runs.index(run.weights_of)].result()
+                weights = Path(output_dir) / run.weights_of.name
+                if failed.is_set():
+                    return
+                if not (weights / "trained").is_file():
+                    raise FileNotFoundError(f"{run.name}: {weights} holds no training: run {run.weights_of.arm} there.")
+            evaluate(run, dataset_dir, folder, threads=threads, weights=weights)
             write_text(result, json.dumps(_result(run, folder), indent=1) + "\n")
 
     futures: list[Future[None]] = []
     with ThreadPoolExecutor(parallel) as workers:
         for k in range(len(runs)):
             futures.append(workers.submit(work, k))
+        try:
+            wait(futures)
+        except BaseException:  # Ctrl-C
+            failed.set()
+            raise
     for future in futures:
         future.result()
 

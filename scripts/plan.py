@@ -123,7 +123,16 @@ def analyze(dataset_dir: str | os.PathLike) -> Statistics:
             (_mean(foreground, k, "percentile_00_5"), _mean(foreground, k, "percentile_99_5"))
             for k in range(len(foreground[0]))
         ],
-        described={key: str(content[key]) for key in ("name", "reference", "licence") if content.get(key)},
+        described={
+            name: str(content[key])
+            for key, name in {
+                "name": "name",
+                "reference": "reference",
+                "license": "licence",
+                "licence": "licence",
+            }.items()
+            if content.get(key)
+        },
     )
 
 

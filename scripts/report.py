@@ -323,6 +323,8 @@ def _draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
         by_epoch: dict[int, list[float]] = {}
         for row in (row for run in mine for row in run["curve"] if row["val_mean_dice"]):
             by_epoch.setdefault(int(row["epoch"]), []).append(float(row["val_mean_dice"]))
+        if not by_epoch:  # it evaluates the weights of another
+            continue
         epochs = sorted(by_epoch)
         style = ("-", "--", ":", "-.")[k // 10 % 4]
         axes[0][0].plot(epochs, [np.mean(by_epoch[e]) for e in epochs], style, marker="o", markersize=3, label=arm)

@@ -96,6 +96,31 @@ def test_runs_are_done_once_and_go_on_where_they_stopped(phantom_dir, tmp_path, 
         experiments(str(plan), *places)
 
 
+def test_an_arm_that_evaluates_the_weights_of_another(tmp_path):
+    arms = {
+        "plain": {"overrides": {"spacing": [4, 4, 4]}},
+        "flipped": {"weights_of": "plain", "overrides": {"flip_axes": [0]}},
+        "other": None,
+    }
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(json.dumps({**PLAN, "arms": arms, "folds": [0]}))
+    plain, other, flipped = planned_runs(str(plan))
+    assert (plain.arm, other.arm, flipped.arm) == ("plain", "other", "flipped")  # which waits for the first
+    assert flipped.overrides == {**plain.overrides, "flip_axes": [0]} and flipped.configs == plain.configs
+    places = [str(tmp_path / name) for name in ("data", "runs", "results")]
+    with pytest.raises(FileNotFoundError, match="plain-fold0-seed0 holds no training: run plain there"):
+        experiments(str(plan), *places, arms="flipped")
+    for folder, settings in (("results/flipped-fold0-seed0.json", "weights_of"), ("runs/plain-fold0-seed0", "spacing")):
+        file = tmp_path / folder if folder.endswith(".json") else tmp_path / folder / "settings.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        before = json.loads(json.dumps((flipped if settings == "weights_of" else plain).settings))
+        (before if settings == "weights_of" else before["overrides"]).pop(settings)  # trained itself; otherwise
+        file.write_text(json.dumps(before))
+        with pytest.raises(ValueError, match=f"{file.name} is of a run with other settings"):
+            experiments(str(plan), *places, arms="flipped")
+        file.unlink()
+
+
 def test_a_failing_run_says_why(plan, tmp_path):
     with pytest.raises(ChildProcessError, match="training of plain-fold0-seed0 failed.*(\n.*)*does not exist"):
         experiments(str(plan), str(tmp_path / "nowhere"), str(tmp_path / "runs"), str(tmp_path / "results"))
@@ -114,9 +139,9 @@ def test_a_failing_run_says_why(plan, tmp_path):
         ({**PLAN, "arms": {"a": {"override": {}}}}, "unknown: override"),
         (
             {**PLAN, "arms": {"b": {"weights_of": "a"}, "a": None}},
-            "b: weights_of a: no training a-fold0-seed0 above it",
+            "weights_of of b: there is no training a-fold0-seed0 above it",
         ),
-        ({**PLAN, "arms": {"a": None, "b": {"weights_of": "a", "seeds": [1]}}}, "no training a-fold0-seed1 above it"),
+        ({**PLAN, "arms": {"a": None, "b": {"weights_of": "a", "seeds": [1]}}}, "no training a-fold0-seed1 above"),
     ],
 )
 def test_bad_plans(content, message, tmp_path):

@@ -89,6 +89,10 @@ def test_evaluation_takes_what_an_overlay_sets_behind_it(tmp_path):
     assert load(tmp_path / "train.json", tmp_path / "evaluate.json") == run
     assert run["validate"]["handlers"][-1] == {"_target_": "Mine"} and "checkpoint" not in made["train.json"]
     assert made["inference.json"]["checkpoint"] == "other.pt"
+    pairs = [("inferer#inferer#inferer#overlap", 0.1), ("output_dir", "$@bundle_root+'/eval' + \"/mine\"")]
+    made = standalone_configs(CONFIGS, pairs)  # what evaluation has as a reference alone; a path that is joined
+    assert made["inference.json"]["inferer"]["inferer"]["inferer"]["overlap"] == 0.1
+    assert made["evaluate.json"] == ConfigParser.load_config_file(CONFIGS / "evaluate.json")
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda file: file.stem)
@@ -322,6 +326,9 @@ def test_only_files_of_the_bundle(tmp_path, monkeypatch):
         ({"name": "seg_v2"}, "no _v before a digit"),
         ({"overrides": {"chanels": [8, 16]}}, "the key chanels .did you mean channels?"),
         ({"overrides": {"train#trainr#max_epochs": 3}}, "train#trainr#max_epochs .did you mean train#trainer"),
+        ({"overrides": {"network_def#netwrok#channels": 3}}, "the key network_def#netwrok#channels"),
+        ({"overrides": {"validate#additional_metrics#val_hd96#x": 3}}, "val_hd96#x"),
+        ({"overrides": {"output_dir": ".."}}, "train.json would hold .., a path"),
         ({"overrides": {"output_dir": "/home/me/data"}}, "train.json would hold /home/me/data, a path"),
         ({"overrides": {"output_dir": "../data"}}, "train.json would hold ../data, a path"),
         ({"overrides": {"output_dir": "C:/data"}}, "train.json would hold C:/data, a path"),

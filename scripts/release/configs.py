@@ -16,7 +16,7 @@ import copy
 import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ __all__ = ["read_overlays", "standalone_configs"]
 
 _OF_RUNS = ("initialize", "run", "finalize")
 # A path outside the bundle, but for what is joined to another: @bundle_root + '/data'.
-_ABSOLUTE = re.compile(r"""(?<!\+ )["']((?:/|~|\.\./|[A-Za-z]:[\\/])[^"']*)""")
+_ABSOLUTE = re.compile(r"""(?:^|(?<!\+)(?<!\+ )["'])((?:/|~|\.\.(?:/|$)|[A-Za-z]:[\\/])[^"']*)""")
 
 
 def read_overlays(
@@ -86,7 +86,9 @@ def standalone_configs(folder: Path, pairs: Sequence[tuple[str, Any]]) -> dict[s
     train, inference, evaluate = (
         ConfigParser.load_config_file(folder / f"{name}.json") for name in ("train", "inference", "evaluate")
     )
-    last = {key: value for key, value in pairs if _touches(key, evaluate)}
+    evaluation = ConfigParser(copy.deepcopy(train))
+    evaluation.update(copy.deepcopy(evaluate))
+    last = {key: value for key, value in pairs if _set(evaluation, key, value) is None and _touches(key, evaluate)}
     kept = {key: value for key, value in evaluate.items() if key not in last}
     missed: list[dict[str, list[str]]] = [{}, {}]
     made = {
@@ -95,19 +97,28 @@ def standalone_configs(folder: Path, pairs: Sequence[tuple[str, Any]]) -> dict[s
         "evaluate.json": {**kept, **copy.deepcopy(last)},
     }
     names = [key.lstrip("+").partition("#")[0] for config in made.values() for key in config]
-    unknown = {key: found for key, found in missed[0].items() if key in missed[1] and key not in last}
+    nested = (missed[0].keys() & missed[1].keys()) - last.keys()
+    unknown = {key: [*missed[0][key], *missed[1][key]] for key in sorted(nested)}
     unknown |= {key: names for key, _ in pairs if key.removeprefix("+").partition("#")[0] not in names}
     for key, found in unknown.items():
         nearest = get_close_matches(key, found, n=1)
         hint = f" (did you mean {nearest[0]}?)" if nearest else ""
         raise ValueError(f"no config has or uses the key {key}{hint}.")
     for name, config in made.items():
-        if place := _ABSOLUTE.search(json.dumps(config)):
+        if place := next(filter(None, map(_ABSOLUTE.search, _strings(config))), None):
             raise ValueError(
                 f"{name} would hold {place[1]}, a path of this computer: give its key a value below @bundle_root, "
                 "in the overlay or with --overrides."
             )
     return made
+
+
+def _strings(content: Any) -> Iterator[str]:
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, (dict, list)):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from _strings(value)
 
 
 def _touches(key: str, evaluate: Mapping[str, Any]) -> bool:
@@ -126,21 +137,36 @@ def _merged(
     overlay = overlay or {}
     parser = ConfigParser(copy.deepcopy(config))
     for key, value in pairs:
-        there = unknown_among(key.removeprefix("+"), parser.get()) if "#" in key else None
+        there = _set(parser, key, value)
         if there is not None:
             missed[key] = there
-            continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "+key" without key: pruned below, or meant as key
-            try:
-                merge_kv(parser, key, copy.deepcopy(value))
-            except ValueError as error:
-                raise ValueError(f"{key} cannot be merged: {error}") from error
     made = dict(parser.get())
     while strays := [key for key in made if key not in config and not _needed(key, made, overlay)]:
         for key in strays:
             del made[key]
     return made
+
+
+def _set(parser: ConfigParser, key: str, value: Any) -> list[str] | None:
+    """Set or merge a value; where the config has no place for a nested key, say what it has there instead."""
+    name = key.removeprefix("+")
+    there = unknown_among(name, parser.get()) if "#" in name else None
+    if there is not None:
+        return there
+    if "#" in name:
+        try:
+            place = parser[name.rpartition("#")[0]]
+        except (KeyError, ValueError):  # there is nothing, or a reference
+            return []
+        if not isinstance(place, (dict, list)):
+            return []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "+key" without key: pruned later, or meant as key
+        try:
+            merge_kv(parser, key, copy.deepcopy(value))
+        except ValueError as error:
+            raise ValueError(f"{key} cannot be merged: {error}") from error
+    return None
 
 
 def _needed(key: str, config: Mapping[str, Any], overlay: Mapping[str, Any]) -> bool:

@@ -142,13 +142,13 @@ def release(
     content |= {"docs/README.md": card.encode(), "README.md": (front_matter() + from_above).encode()}
 
     file = Path(output_dir) / f"{name}_v{metadata['version']}.zip"
+    info = file.with_name("model_info.json")
+    entries = _read_json(str(info), "the entries of other releases") if info.exists() else {}
     _write_zip(file, name, content)
     digest = _hash(file)
     write_text(file.with_name(f"{file.name}.sha256"), f"{digest}  {file.name}\n")
     entry = {"checksum": hashlib.sha1(file.read_bytes(), usedforsecurity=False).hexdigest()}  # the zoo compares SHA-1
     entry["source"] = url or file.name
-    info = file.with_name("model_info.json")
-    entries = _read_json(str(info), "the entries of other releases") if info.exists() else {}
     write_text(info, _json({**entries, file.stem: entry}))
     print(f"{file}, {file.stat().st_size / 1e6:.1f} MB, {len(content)} files, sha256 {digest}")
     if changed := _changed_files():
