@@ -54,7 +54,7 @@ class Statistics:
         cropped_shape: voxels of the box around its intensities above 0, shape (cases, 3).
         intensity: mean over the cases with foreground of the 0.5 and the 99.5 percentile of its intensities, by
             channel.
-        described: what dataset.json says of the data set: "name", "reference", "licence".
+        described: what dataset.json says of the data set: "name", "reference", "licence" or "license".
     """
 
     class_names: Sequence[str]
@@ -123,16 +123,7 @@ def analyze(dataset_dir: str | os.PathLike) -> Statistics:
             (_mean(foreground, k, "percentile_00_5"), _mean(foreground, k, "percentile_99_5"))
             for k in range(len(foreground[0]))
         ],
-        described={
-            name: str(content[key])
-            for key, name in {
-                "name": "name",
-                "reference": "reference",
-                "license": "licence",
-                "licence": "licence",
-            }.items()
-            if content.get(key)
-        },
+        described={key: str(content[key]) for key in ("name", "reference", "licence", "license") if content.get(key)},
     )
 
 
@@ -326,7 +317,7 @@ def _meta_lines(found: Statistics, folder: str) -> list[str]:
         "data_source": ", ".join([said.get("name", folder), *filter(None, [said.get("reference")])]),
         "modality": "CT" if found.is_ct else "MR" if _MR.search(" ".join(found.channels)) else "n/a",
         "channel_names": list(found.channels),
-        "data_license": said.get("licence", "not stated"),
+        "data_license": said.get("licence", said.get("license", "not stated")),
     }
     comment = "_meta_:  # for metadata.json of a release; complete it before one"
     return [comment, *(f"  {key}: {json.dumps(value)}" for key, value in meta.items())]

@@ -71,6 +71,25 @@ def test_the_scores_of_the_bundle_are_those_of_the_cross_validation():
     }
 
 
+def test_the_scores_in_the_text_are_those_of_the_metadata():
+    """In the card also SegResNet's, on the same cases."""
+    scores = json.loads((BUNDLE_ROOT / "configs" / "metadata.json").read_text())["eval_metrics"]
+    readme, card = (" ".join((BUNDLE_ROOT / page).read_text().split()) for page in ("README.md", "docs/README.md"))
+    dice, hd95 = (
+        [scores[f"{score}_{end}"] for end in ("anterior", "posterior")] for score in ("mean_dice", "mean_hd95_mm")
+    )
+    assert f"{scores['cases']} held-out cases: Dice {dice[0]:.3f} (anterior) and {dice[1]:.3f} (posterior)" in readme
+    assert f"HD95 {hd95[0]:.2f} and {hd95[1]:.2f} mm" in readme and f"({scores['cases']} held-out cases" in card
+    assert f"of both classes is {scores['mean_dice']:.3f} Dice and {scores['mean_hd95_mm']:.2f} mm" in card
+    confirmed = (
+        file for file in RESULTS if file.parent.name == "confirmation" and file.name.startswith("segresnet-fold")
+    )
+    cases = [case for file in confirmed for case in json.loads(file.read_text())["cases"].values()]
+    assert len(cases) == scores["cases"]
+    means = [statistics.mean(case[metric]["mean"] for case in cases) for metric in ("val_mean_dice", "val_hd95")]
+    assert f"SegResNet, trained alike, reaches {means[0]:.3f} and {means[1]:.2f} mm" in card
+
+
 def test_the_costs_in_the_text_are_those_measured():
     rows = json.loads((EVIDENCE / "efficiency-hippocampus.json").read_text())["rows"]
     text = (BUNDLE_ROOT / "docs" / "evidence.md").read_text()

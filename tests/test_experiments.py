@@ -110,11 +110,12 @@ def test_an_arm_that_evaluates_the_weights_of_another(tmp_path):
     places = [str(tmp_path / name) for name in ("data", "runs", "results")]
     with pytest.raises(FileNotFoundError, match="plain-fold0-seed0 holds no training: run plain there"):
         experiments(str(plan), *places, arms="flipped")
-    for folder, settings in (("results/flipped-fold0-seed0.json", "weights_of"), ("runs/plain-fold0-seed0", "spacing")):
-        file = tmp_path / folder if folder.endswith(".json") else tmp_path / folder / "settings.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        before = json.loads(json.dumps((flipped if settings == "weights_of" else plain).settings))
-        (before if settings == "weights_of" else before["overrides"]).pop(settings)  # trained itself; otherwise
+    trained_itself = {key: value for key, value in flipped.settings.items() if key != "weights_of"}
+    for file, before in (
+        (tmp_path / "results" / "flipped-fold0-seed0.json", trained_itself),
+        (tmp_path / "runs" / "plain-fold0-seed0" / "settings.json", other.settings),  # otherwise trained
+    ):
+        file.parent.mkdir(parents=True)
         file.write_text(json.dumps(before))
         with pytest.raises(ValueError, match=f"{file.name} is of a run with other settings"):
             experiments(str(plan), *places, arms="flipped")

@@ -127,8 +127,9 @@ def release(
     elif summary is not None:
         raise ValueError("--evaluation needs --checkpoint, the weights that it is of.")
     if own_weights and summary is None:  # the card that was written for them
-        content |= _tracked_files(("docs/pictures/*.png",))
-        card = _with_links_to((_ROOT / "docs" / "README.md").read_text(encoding="utf-8"), {*content, "README.md"})
+        card = (_ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+        content |= _tracked_files([f"docs/{picture}" for picture in re.findall(r"\]\((pictures/[^)]+)\)", card)])
+        card = _with_links_to(card, {*content, "README.md"})
     else:
         card = model_card(
             name, metadata, described, configs["train.json"], summary, next(iter(sums), None), url, weights_url
