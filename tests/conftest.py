@@ -54,6 +54,17 @@ TINY = {
 }
 """Overrides for a training on the phantoms within seconds."""
 
+_SHARING = {"test_configs", "test_release", "test_zoo_rules"}  # the fixture `trained`
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """For --dist loadgroup: one process for a file, and one for all files that share the long fixtures."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            group = "sharing" if item.path.stem in _SHARING else item.path.stem
+            item.add_marker(pytest.mark.xdist_group(group))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def fast_interpreter():

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
-from monai.bundle import ConfigParser, create_workflow, load_bundle_config, verify_net_in_out
+from monai.bundle import ConfigParser, create_workflow, load_bundle_config
 from monai.data import MetaTensor
 from monai.inferers import SimpleInferer, SlidingWindowInferer
 from packaging.specifiers import SpecifierSet
@@ -118,14 +118,13 @@ def test_train_evaluate_infer(trained):
         np.testing.assert_allclose(list(case["volumes_ml"].values()), expected, atol=1e-3)
 
 
-def test_probabilities(tmp_path, trained, run_bundle):
+def test_probabilities(tmp_path, trained, workflow):
     image = sorted((trained.data / "imagesTs").iterdir())[0]
-    overrides = {**INFERENCE, "input": image, "dataset_dir": trained.data, "ckpt_dir": trained.models}
+    overrides = {**INFERENCE, "input": str(image), "dataset_dir": str(trained.data), "ckpt_dir": str(trained.models)}
     zooms = nib.as_closest_canonical(nib.load(image)).header.get_zooms()
     overrides["spacing"] = [float(step) for step in zooms]  # so that nothing is resampled
     configs = ["inference", "tasks/phantom.yaml", "options/probabilities.yaml"]
-    result = run_bundle(configs, **overrides, output_dir=tmp_path)
-    assert result.returncode == 0, result.stderr[-3000:]
+    workflow(configs, "inference", **overrides, output_dir=str(tmp_path)).run()
     given = nib.load(image)
     label, probability = (
         nib.load(tmp_path / image.name.replace(".nii.gz", f"_{name}.nii.gz")) for name in ("seg", "prob")
@@ -137,7 +136,7 @@ def test_probabilities(tmp_path, trained, run_bundle):
     assert np.mean(values.argmax(-1) == np.asarray(label.dataobj)) > 0.9999
 
 
-def test_files_and_dicom_series_as_input(tmp_path, trained, run_bundle):
+def test_files_and_dicom_series_as_input(tmp_path, trained, workflow):
     """A NIfTI file and the same volume as a DICOM series, in one call, get the same label map."""
     pydicom, highdicom = (pytest.importorskip(name) for name in ("pydicom", "highdicom"))
     source = sorted((trained.data / "imagesTs").iterdir())[0]
@@ -148,10 +147,9 @@ def test_files_and_dicom_series_as_input(tmp_path, trained, run_bundle):
     write_series(tmp_path / "1.2.840.1", values[::-1, ::-1], image.affine @ to_dicom)
     shutil.copy(trained.data / "dataset.json", tmp_path)  # names of the classes, beside what is given
     overrides = {key: value for key, value in INFERENCE.items() if key != "dataset_dir"}
-    overrides |= {"input": [str(tmp_path / "volume.nii.gz"), str(tmp_path / "1.2.840.1")], "ckpt_dir": trained.models}
-    overrides["output_dir"] = tmp_path / "out"
-    result = run_bundle(["inference", "tasks/phantom.yaml"], **overrides)
-    assert result.returncode == 0, result.stderr[-3000:]
+    overrides |= {"input": [str(tmp_path / "volume.nii.gz"), str(tmp_path / "1.2.840.1")]}
+    overrides |= {"ckpt_dir": str(trained.models), "output_dir": str(tmp_path / "out")}
+    workflow(["inference", "tasks/phantom.yaml"], "inference", **overrides).run()
     one, other = (
         nib.as_closest_canonical(nib.load(tmp_path / "out" / f"{name}_seg.nii.gz")) for name in ("volume", "1.2.840.1")
     )
@@ -462,6 +460,7 @@ def test_workflow_from_another_directory(tmp_path, phantom_dir):
         "flow = create_workflow(config_file=root + '/configs/inference.json', workflow_type='inference',"
         " bundle_root=root, dataset_dir=data, device='cpu')\n"
         "print('network:', type(flow.network_def).__name__, flow.check_properties())\n"
+        "print('compiler:', 'torch._dynamo' in sys.modules)\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", code, str(BUNDLE_ROOT), str(phantom_dir)],
@@ -471,18 +470,7 @@ def test_workflow_from_another_directory(tmp_path, phantom_dir):
         check=False,
     )
     assert "network: SegResMamba []" in result.stdout, result.stderr[-2000:]
-
-
-@pytest.mark.parametrize("config", ["train.json", "inference.json"])
-def test_network_agrees_with_metadata(config, tmp_path):
-    verify_net_in_out(
-        "network_def",
-        meta_file=str(CONFIGS / "metadata.json"),
-        config_file=str(CONFIGS / config),
-        bundle_root=str(BUNDLE_ROOT),
-        dataset_dir=str(tmp_path),
-        device="cpu",
-    )
+    assert "compiler: False" in result.stdout  # whose import would take a second or more of every start
 
 
 def test_metadata():
@@ -592,12 +580,6 @@ def test_missing_folder_is_one_clear_error(tmp_path, run_bundle):
     assert last.startswith("Error: ") and str(tmp_path / "nowhere") in last and "does not exist" in last
 
 
-def one_error(result: subprocess.CompletedProcess) -> str:
-    assert result.returncode != 0 and "Traceback" not in result.stderr, result.stderr[-2000:]
-    last = next(line for line in reversed(result.stderr.splitlines()) if line.startswith("Error: "))
-    return last + result.stderr.split(last)[-1]
-
-
 @pytest.fixture
 def hook(capfd):
     """What the hook, which runs from the command line have in place, prints of an error of this process."""
@@ -619,13 +601,15 @@ def test_malformed_dataset_json_is_one_clear_error(tmp_path, phantom_dir, workfl
     assert str(data / "dataset.json") in error and "not valid JSON" in error
 
 
-def test_missing_weights_are_one_clear_error(tmp_path, trained, run_bundle, workflow, hook):
-    error = one_error(run_bundle(["inference"], dataset_dir=trained.data, ckpt_dir=tmp_path))
-    assert f"no weights at {tmp_path}/model.pt" in error and "--checkpoint" in error
-    places = {"dataset_dir": str(trained.data), "ckpt_dir": str(tmp_path), "num_folds": 3}
+@pytest.mark.parametrize(
+    ("configs", "kind", "more"),
+    [(["inference"], "inference", {}), (["train", "evaluate"], "evaluation", {"num_folds": 3})],
+)
+def test_missing_weights_are_one_clear_error(configs, kind, more, tmp_path, trained, workflow, hook):
     with pytest.raises(RuntimeError) as caught:
-        workflow(["train", "evaluate"], "evaluation", **places).run()
-    assert f"no weights at {tmp_path}/model.pt" in hook(caught)
+        workflow(configs, kind, dataset_dir=str(trained.data), ckpt_dir=str(tmp_path), **more).run()
+    error = hook(caught)
+    assert f"no weights at {tmp_path}/model.pt" in error and "--checkpoint" in error
 
 
 def test_weights_of_another_network_are_one_clear_error(tmp_path, trained, workflow, hook):

@@ -36,7 +36,7 @@ def test_an_ensemble_is_the_mean(tmp_path):
         join_weights([tmp_path / "3.pt"], tmp_path / "ensemble.pt")
 
 
-def test_cross_validation_goes_on_where_it_stopped(phantom_dir, tmp_path, run_bundle, monkeypatch, capfd):
+def test_cross_validation_goes_on_where_it_stopped(phantom_dir, tmp_path, workflow, monkeypatch, capfd):
     """All labelled cases are evaluated once, and the ensemble's evaluation and inference run."""
     names = sorted(file.name.removesuffix(".nii.gz") for file in (phantom_dir / "imagesTr").iterdir())
     settings = {key: value for key, value in TINY.items() if key not in ("num_folds", "max_epochs")}
@@ -56,10 +56,10 @@ def test_cross_validation_goes_on_where_it_stopped(phantom_dir, tmp_path, run_bu
     assert json.loads((tmp_path / "cv" / "test" / "summary.json").read_text())["cases"] == 2
 
     places = {"dataset_dir": phantom_dir, "ckpt_dir": tmp_path / "cv" / "models", "output_dir": tmp_path / "out"}
+    places = {key: str(path) for key, path in places.items()}
     shape = {key: TINY[key] for key in ("channels", "depths", "full_resolution_skip", "patch_size", "spacing")}
     overlays = ["inference", "tasks/phantom.yaml", "options/ensemble.yaml"]
-    inference = run_bundle(overlays, **places, **shape, num_networks=2, device="cpu", pictures=False)
-    assert inference.returncode == 0, inference.stdout[-2000:] + inference.stderr[-2000:]
+    workflow(overlays, "inference", **places, **shape, num_networks=2, device="cpu", pictures=False).run()
     assert len(list((tmp_path / "out").glob("*_seg.nii.gz"))) == 2
 
     last = tmp_path / "cv" / "cross_validation-fold1-seed0" / "models" / "last.pt"

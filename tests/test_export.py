@@ -185,11 +185,3 @@ def test_bad_input_is_refused(tmp_path, checkpoint, monkeypatch, options, error,
     with pytest.raises(error, match=re.escape(message)):
         command.export_bundle(**arguments)
     assert not os.listdir(tmp_path)
-
-
-def test_the_command_ends_in_one_line(tmp_path):
-    options = ["--output", str(tmp_path / "model.pt2"), "--checkpoint", "nowhere.pt", "--channels", "[8,16]"]
-    command = [sys.executable, "-m", "scripts.export", *options, "--depths", "[0,0]"]
-    result = subprocess.run(command, cwd=BUNDLE_ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode != 0 and "Error: There are no weights at nowhere.pt" in result.stderr
-    assert "Traceback" not in result.stderr and not os.listdir(tmp_path)

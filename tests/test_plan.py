@@ -85,7 +85,7 @@ def test_cases_without_foreground_do_not_move_the_window(phantoms, tmp_path):
     assert abs(low) > 1  # the empty one would pull both to 0
 
 
-def test_training_with_the_plan_needs_no_edit(phantoms, tmp_path, run_bundle):
+def test_training_with_the_plan_needs_no_edit(phantoms, tmp_path, run_bundle, workflow):
     overlay = tmp_path / "mine.yaml"
     command = [sys.executable, "-m", "scripts.plan", "--dataset_dir", str(phantoms), "--output", str(overlay)]
     result = subprocess.run([*command, "--memory_gb", "0.7"], cwd=BUNDLE_ROOT, capture_output=True, text=True)
@@ -93,11 +93,10 @@ def test_training_with_the_plan_needs_no_edit(phantoms, tmp_path, run_bundle):
     content = yaml.safe_load(overlay.read_text())
     assert content["channels"] == WIDTHS["compact"]["channels"] and content["num_folds"] == 4
     assert all("#" in line for line in overlay.read_text().splitlines() if line.startswith(("patch", "spac", "batch")))
-    places = {"ckpt_dir": tmp_path / "models", "output_dir": tmp_path / "out"}
-    run = run_bundle(["train", str(overlay)], **places, max_epochs=1, pictures=False, device="cpu")
+    settings = {"ckpt_dir": str(tmp_path / "models"), "output_dir": str(tmp_path / "out"), "device": "cpu"}
+    run = run_bundle(["train", str(overlay)], **settings, max_epochs=1, pictures=False)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
-    result = run_bundle(["inference", str(overlay)], **places, pictures=False, device="cpu")
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    workflow(["inference", str(overlay)], "inference", **settings, pictures=False).run()
     assert len(list((tmp_path / "out").glob("*_seg.nii.gz"))) == 1
     with pytest.raises(ValueError, match="exists"):
         plan(str(phantoms), str(overlay))

@@ -262,8 +262,8 @@ def test_scores_and_card_go_with_the_weights_they_are_of(tmp_path):
     """A release of the plain configs: with the weights of the repository, with others, and with none."""
     weights = BUNDLE_ROOT / "models" / "model.pt"
     dice = json.loads((CONFIGS / "metadata.json").read_text())["eval_metrics"]["mean_dice_anterior"]
-    other = tmp_path / "zeros.pt"
-    torch.save({name: value * 0 for name, value in torch.load(weights, weights_only=True).items()}, other)
+    other = tmp_path / "other.pt"
+    torch.save({name: value * 2 for name, value in torch.load(weights, weights_only=True).items()}, other)
     for checkpoint, scored in ((weights, True), (other, False), (None, False)):
         folder = tmp_path / str(checkpoint is None) / str(scored)
         release(checkpoint=None if checkpoint is None else str(checkpoint), output_dir=str(folder))

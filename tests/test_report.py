@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -21,7 +19,6 @@ from matplotlib.image import imread
 from scipy.stats import wilcoxon
 
 from scripts.report import Comparison, holm, read_evaluations, report
-from tests.conftest import BUNDLE_ROOT
 
 CASES = [f"case_{k:02}.nii.gz" for k in range(20)]
 
@@ -84,12 +81,10 @@ def test_equal_evaluations_do_not_differ(evaluations):
     assert row["p"] == 1 and row["difference"]["mean"] == 0
 
 
-def test_the_command(evaluations):
+def test_the_files(evaluations):
     folder, _ = evaluations
-    command = [sys.executable, "-m", "scripts.report", *(str(folder / name) for name in "abc")]
-    command += ["--output_dir", str(folder / "out"), "--names", "['ours', 'theirs']", "--reference", "c"]
-    result = subprocess.run(command, cwd=BUNDLE_ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    folders = [str(folder / name) for name in "abc"]
+    report(*folders, output_dir=str(folder / "out"), names=["ours", "theirs"], reference="c")
     text = (folder / "out" / "comparison.md").read_text()
     assert "| ours |" in text and "| theirs |" in text and "difference to c" in text
     assert "**Dice**, 20 cases" in text and "Hausdorff" in text

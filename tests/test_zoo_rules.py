@@ -118,12 +118,8 @@ def schema(tmp_path) -> str:
     return str(shutil.copy(SCHEMA, tmp_path / "schema.json"))
 
 
-def test_metadata_is_in_form(released, schema):
-    """By the command; the repository's own in this process."""
-    files = ["--meta_file", "configs/metadata.json", "--filepath", schema]
-    said = released.python("-m", "monai.bundle", "verify_metadata", *files, cwd=released.root)
-    assert "metadata is verified with no error" in said
-    verify_metadata(str(BUNDLE_ROOT / "configs" / "metadata.json"), filepath=schema)
+def test_metadata_is_in_form(root, schema):
+    verify_metadata(str(root / "configs" / "metadata.json"), filepath=schema)
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,6 @@ def resolve_engine(name: str, device: torch.device, dtype: torch.dtype) -> Modul
     return _modules[_chosen(name, device, dtype)]
 
 
-@torch.compiler.assume_constant_result  # torch.compile need not look into it
 def _chosen(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The name of the engine, which is then among ``_modules``."""
     forced = os.environ.get(ENGINE_VARIABLE)
@@ -150,3 +149,8 @@ def _chosen(name: str, device: torch.device, dtype: torch.dtype) -> str:
         raise RuntimeError(f"scan engine {name!r}{source} is not available: {reason}. Usable here: {usable}.")
     _load(name)
     return name
+
+
+# torch.compile need not look into it. This is all that torch.compiler.assume_constant_result does, but that imports the
+# compiler, which takes a second or more at each start.
+_chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
