@@ -90,6 +90,20 @@ def test_the_scores_in_the_text_are_those_of_the_metadata():
     assert f"SegResNet, trained alike, reaches {means[0]:.3f} and {means[1]:.2f} mm" in card
 
 
+def test_the_folds_that_nothing_was_chosen_on():
+    text = " ".join((BUNDLE_ROOT / "docs" / "evidence.md").read_text().split())
+    means = {}
+    for arm in ("segresmamba", "segresnet"):
+        runs = [json.loads((EVIDENCE / "confirmation" / f"{arm}-fold{k}-seed0.json").read_text()) for k in range(1, 5)]
+        cases = [case for run in runs for case in run["cases"].values()]
+        means[arm] = [
+            statistics.mean(case[metric]["mean"] for case in cases) for metric in ("val_mean_dice", "val_hd95")
+        ]
+    (dice, hd95), (other_dice, other_hd95) = means.values()
+    assert f"{len(cases)} cases, the mean Dice is {dice:.4f} for SegResMamba and {other_dice:.4f} for SegResNet" in text
+    assert f"HD95 {hd95:.3f} and {other_hd95:.3f} mm" in text
+
+
 def test_the_costs_in_the_text_are_those_measured():
     rows = json.loads((EVIDENCE / "efficiency-hippocampus.json").read_text())["rows"]
     text = (BUNDLE_ROOT / "docs" / "evidence.md").read_text()
