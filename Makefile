@@ -57,7 +57,8 @@ $(TESTABLE): $(INSTALLED)
 		--no-build-isolation --no-deps mamba-ssm==2.3.1 && touch $@
 
 test: $(TESTABLE)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --no-loadscope-reorder tests
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/tests/quick_start \
+		$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests
 
 # By the environment variable the constraints also hold where pip builds a package.
 $(LABEL_VENV)/.installed: tests/monai_label_constraints.txt

@@ -70,6 +70,7 @@ def cross_validation(
     strangers = {file.stem for file in (folder / "results").glob("*.json")} - {run.name for run in runs}
     if strangers:
         raise ValueError(f"{folder}/results holds {min(strangers)}, of another cross-validation: give another folder.")
+    done = all((folder / "results" / f"{run.name}.json").is_file() for run in runs)
     run_all(runs, dataset_dir, output_dir, str(folder / "results"), parallel=parallel)
 
     ((_, metrics),) = read_evaluations(folder / "results").items()
@@ -86,10 +87,10 @@ def cross_validation(
     if _has_test_labels(configs, overrides, dataset_dir):
         more = {**overrides, "val_subset": "test", "num_networks": num_folds}
         joint = Run("ensemble", 0, seed, (*configs, "configs/options/ensemble.yaml"), more)
-        evaluate(joint, dataset_dir, folder, "test")
-        print(
-            f"The ensemble on the test cases:\n{summary_table(json.loads((folder / 'test/summary.json').read_text()))}"
-        )
+        tested = folder / "test" / "summary.json"
+        if not (done and tested.is_file()):
+            evaluate(joint, dataset_dir, folder, "test")
+        print(f"The ensemble on the test cases:\n{summary_table(json.loads(tested.read_text()))}")
     print(f"Written to {folder}.")
 
 

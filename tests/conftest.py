@@ -17,6 +17,7 @@ import functools
 import http.server
 import importlib.util
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock  # of which torch has need, too
 from monai.bundle import ConfigWorkflow, download_large_files
 
 from scripts.phantom import write_phantoms
@@ -53,17 +55,6 @@ TINY = {
     "pictures": False,
 }
 """Overrides for a training on the phantoms within seconds."""
-
-_SHARING = {"test_configs", "test_release", "test_zoo_rules"}  # the fixture `trained`
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """For --dist loadgroup: one process for a file, and one for all files that share the long fixtures."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            group = "sharing" if item.path.stem in _SHARING else item.path.stem
-            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -143,9 +134,22 @@ def workflow() -> Callable[..., ConfigWorkflow]:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, phantom_dir: Path, run_bundle: Callable) -> SimpleNamespace:
-    """The three main jobs, run as a user does: train, evaluate, infer; with what they printed and where they wrote."""
-    folder = tmp_path_factory.mktemp("trained")
-    common = {**TINY, "dataset_dir": phantom_dir, "ckpt_dir": folder / "models", "pictures": True}
+    """
+    The three main jobs, run as a user does: train, evaluate, infer; with what they printed and where they wrote. Once
+    for all processes of pytest-xdist.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "done.pkl").is_file():
+            made = SimpleNamespace(folder=folder, models=folder / "models", data=phantom_dir)
+            made.runs = _main_jobs(made, run_bundle)
+            (folder / "done.pkl").write_bytes(pickle.dumps(made))
+    return pickle.loads((folder / "done.pkl").read_bytes())
+
+
+def _main_jobs(places: SimpleNamespace, run_bundle: Callable) -> dict[str, subprocess.CompletedProcess]:
+    common = {**TINY, "dataset_dir": places.data, "ckpt_dir": places.models, "pictures": True}
     common["learning_rate"] = (
         1e-4  # with more, so few steps end at background everywhere, and nothing is left to compare
     )
@@ -155,13 +159,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory, phantom_dir: Path, run_bun
         ("evaluate", ["train", "evaluate"], {"check_data": True}),
         ("inference", ["inference"], {}),
     ):
-        overrides = {**common, **own, "output_dir": folder / name}
+        overrides = {**common, **own, "output_dir": places.folder / name}
         if name == "inference":
             for key in ("num_folds", "batch_size", "max_epochs", "val_interval", "check_data", "learning_rate"):
                 overrides.pop(key)
         runs[name] = run_bundle([*configs, "tasks/phantom.yaml"], **overrides)
         assert runs[name].returncode == 0, runs[name].stdout[-3000:] + runs[name].stderr[-3000:]
-    return SimpleNamespace(folder=folder, models=folder / "models", data=phantom_dir, runs=runs)
+    return runs
 
 
 class _Server(http.server.SimpleHTTPRequestHandler):

@@ -507,6 +507,8 @@ def test_overlays_change_what_is_there(overlay):
     added |= {"probability", "save_probability", "postprocessing#transforms"}
     added |= {"ema", "ema_momentum", "max_gradient_norm", "warm_up_epochs", "ensemble", "num_networks", "country"}
     added |= {"_meta_"}  # for a release
+    added |= {"label_maps", "validate#dataset#data#label_maps"}
+    added |= {"validate#handlers#0#_disabled_", "validate#handlers#2#batch_transform"}  # of evaluate.json's
     base = ConfigParser(ConfigParser.load_config_file(CONFIGS / "train.json"))
     keys = [key.removeprefix("+") for key in ConfigParser.load_config_file(CONFIGS / overlay)]  # "+" adds to a list
     unknown = [key for key in keys if key not in base and key not in added]

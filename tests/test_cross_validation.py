@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -41,13 +39,11 @@ def test_cross_validation_goes_on_where_it_stopped(phantom_dir, tmp_path, workfl
     names = sorted(file.name.removesuffix(".nii.gz") for file in (phantom_dir / "imagesTr").iterdir())
     settings = {key: value for key, value in TINY.items() if key not in ("num_folds", "max_epochs")}
     settings |= {"max_epochs": 1, "test_cases": names[-2:]}
-    options = [part for key, value in settings.items() for part in (f"--{key}", str(value).replace("'", '"'))]
-    command = [sys.executable, "-m", "scripts.cross_validation", str(phantom_dir), str(tmp_path / "cv")]
-    command += ["--config_file", "['configs/tasks/phantom.yaml']", "--num_folds", "2", "--parallel", "2", *options]
-    result = subprocess.run(command, cwd=BUNDLE_ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    given = {"config_file": ["configs/tasks/phantom.yaml"], "num_folds": 2, "parallel": 2, **settings}
+    monkeypatch.chdir(BUNDLE_ROOT)
+    cross_validation(str(phantom_dir), str(tmp_path / "cv"), **given)
     summary = json.loads((tmp_path / "cv" / "summary.json").read_text())
-    assert summary["cases"] == 4 and "4 cases, each by the network" in result.stdout
+    assert summary["cases"] == 4 and "4 cases, each by the network" in capfd.readouterr().out
     pooled = []
     for fold in range(2):
         raw = tmp_path / "cv" / f"cross_validation-fold{fold}-seed0" / "evaluation" / "val_mean_dice_raw.csv"
@@ -62,13 +58,11 @@ def test_cross_validation_goes_on_where_it_stopped(phantom_dir, tmp_path, workfl
     workflow(overlays, "inference", **places, **shape, num_networks=2, device="cpu", pictures=False).run()
     assert len(list((tmp_path / "out").glob("*_seg.nii.gz"))) == 2
 
-    last = tmp_path / "cv" / "cross_validation-fold1-seed0" / "models" / "last.pt"
-    written = last.stat().st_mtime_ns
-    monkeypatch.chdir(BUNDLE_ROOT)
-    given = {"config_file": ["configs/tasks/phantom.yaml"], "num_folds": 2, "parallel": 2, **settings}
+    kept = [tmp_path / "cv" / "cross_validation-fold1-seed0" / "models" / "last.pt", tmp_path / "cv/test/summary.json"]
+    written = [file.stat().st_mtime_ns for file in kept]
     cross_validation(str(phantom_dir), str(tmp_path / "cv"), **given)
     assert capfd.readouterr().out.count("done before") == 2
-    assert last.stat().st_mtime_ns == written
+    assert [file.stat().st_mtime_ns for file in kept] == written
     assert json.loads((tmp_path / "cv" / "summary.json").read_text()) == summary
     for other, message in (("seed", "of another cross-validation"), ("weight_decay", "with other settings")):
         with pytest.raises(ValueError, match=message):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,19 @@ from scripts.emissions import Emissions
 from tests.conftest import BUNDLE_ROOT, TINY
 
 
+@pytest.fixture(scope="module", autouse=True)
+def with_mlflow():
+    """Which tests/quick_start hides."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTHONPATH", raising=False)
+        for name in ("mlflow", "sklearn"):
+            if sys.modules.get(name, sys) is None:
+                patch.delitem(sys.modules, name)
+        yield
+
+
 @pytest.fixture(scope="module")
-def tracked(tmp_path_factory, phantom_dir, run_bundle) -> Path:
+def tracked(tmp_path_factory, phantom_dir, run_bundle, with_mlflow) -> Path:
     """The folder of a training with all that it can leave."""
     pytest.importorskip("mlflow")
     runs = tmp_path_factory.mktemp("runs")
