@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.utils import optional_import
+from monai.utils import ensure_tuple, optional_import
 
 from scripts.datalist import dataset_channels, dataset_classes, load_datalist
 from scripts.evaluation import read_cases, summary_table
@@ -111,23 +111,29 @@ def nnunet(
     print(summary_table(summary))
 
 
+def _name(item: dict) -> str:
+    return case_name(ensure_tuple(item["image"])[0])  # as scripts.label_maps looks for it
+
+
 def _prepare(dataset_dir: Path, folder: Path, num_folds: int, split_seed: int) -> str:
     """Describe the data where nnU-Net looks for them, without copying any, let it plan, and give it the folds."""
     from nnunetv2.experiment_planning import plan_and_preprocess_api as api
 
     number, name = 1, f"Dataset001_{dataset_dir.resolve().name}"
-    cases = {case_name(item["image"]): item for item in load_datalist(dataset_dir, "all")}
+    cases = {_name(item): item for item in load_datalist(dataset_dir, "all")}
     content = json.loads((dataset_dir / "dataset.json").read_text())
     channels = content.get("modality", content.get("channel_names"))
     channels = channels if isinstance(channels, dict) else dict(enumerate(channels))
-    if dataset_channels(dataset_dir) > 1:
+    if any(len(ensure_tuple(item["image"])) < dataset_channels(dataset_dir) for item in cases.values()):
         raise ValueError(f"{dataset_dir}: nnU-Net reads each channel from a file of its own, here all lie in one.")
     described = {
         "channel_names": {str(number): channel for number, channel in channels.items()},
         "labels": {label: value for value, label in dataset_classes(dataset_dir).items()},
         "numTraining": len(cases),
         "file_ending": ".nii.gz",
-        "dataset": {case: {"images": [item["image"]], "label": item["label"]} for case, item in cases.items()},
+        "dataset": {
+            case: {"images": list(ensure_tuple(item["image"])), "label": item["label"]} for case, item in cases.items()
+        },
     }
     write_text(folder / "nnUNet_raw" / name / "dataset.json", json.dumps(described, indent=1) + "\n")
     preprocessed = folder / "nnUNet_preprocessed" / name
@@ -139,7 +145,7 @@ def _prepare(dataset_dir: Path, folder: Path, num_folds: int, split_seed: int) -
         splits = []
         for fold in range(num_folds):
             lists = {key: load_datalist(dataset_dir, subset, fold, num_folds, split_seed) for key, subset in _SUBSETS}
-            splits.append({key: [case_name(item["image"]) for item in items] for key, items in lists.items()})
+            splits.append({key: [_name(item) for item in items] for key, items in lists.items()})
         write_text(preprocessed / "splits_final.json", json.dumps(splits, indent=1) + "\n")
     return name
 

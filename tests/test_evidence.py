@@ -15,6 +15,7 @@ import shutil
 import statistics
 
 import pytest
+from monai.bundle import ConfigParser
 
 from scripts.benchmark.page import page
 from scripts.experiments import planned_runs
@@ -88,6 +89,24 @@ def test_the_scores_in_the_text_are_those_of_the_metadata():
     assert len(cases) == scores["cases"]
     means = [statistics.mean(case[metric]["mean"] for case in cases) for metric in ("val_mean_dice", "val_hd95")]
     assert f"SegResNet, trained alike, reaches {means[0]:.3f} and {means[1]:.2f} mm" in card
+
+
+def test_the_sizes_in_the_text(monkeypatch):
+    """Parameters of the screening's networks, in millions."""
+    monkeypatch.chdir(BUNDLE_ROOT)  # which the overlays of the plan are named from
+    millions = {}
+    for run in planned_runs(str(EVIDENCE / "screening.yaml")):
+        if EVIDENCE / "screening" / f"{run.name}.json" in RESULTS and run.arm not in millions:
+            parser = ConfigParser(
+                ConfigParser.load_config_files([BUNDLE_ROOT / "configs" / "train.json", *run.configs])
+            )
+            parser.update({**run.overrides, "in_channels": 1, "out_channels": 3})
+            network = parser.get_parsed_content("network_def")
+            millions[run.arm] = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    text = " ".join((BUNDLE_ROOT / "docs" / "evidence.md").read_text().split())
+    assert f"of {min(millions.values()):.1f} to {max(millions.values()):.1f} million parameters" in text
+    assert f"{millions['tables_variant']:.1f} million parameters) gains over the text's" in text
+    assert f"UNet, of {millions['unet']:.1f} million parameters" in text
 
 
 def test_the_folds_that_nothing_was_chosen_on():
