@@ -75,6 +75,7 @@ def command(function: Callable[..., object]) -> None:
     """
     Run a function as a command, its arguments by fire from the command line. Fire calls first and complains of options
     that are left over afterwards, when everything is written: here an option that the function does not have stops it.
+    Nor does fire show the help of a function that takes any option, since ``--help`` might be one.
 
     Args:
         function: what the command does; its docstring is the help.
@@ -87,11 +88,12 @@ def command(function: Callable[..., object]) -> None:
     install()
     parameters = inspect.signature(function).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    for argument in takewhile(lambda argument: argument != "--", sys.argv[1:]):
+    arguments = list(takewhile(lambda argument: argument != "--", sys.argv[1:]))
+    for argument in arguments:
         found = re.match(r"--?([A-Za-z_][\w-]*)", argument)
         name = found[1].replace("-", "_") if found else "help"
         short = len(name) == 1 and any(parameter.startswith(name) for parameter in (*parameters, "help"))
         if not (takes_any or short or name == "help" or name in parameters or name.removeprefix("no") in parameters):
             nearest = get_close_matches(name, parameters, n=1)
             raise ValueError(f"there is no option --{name}" + (f": did you mean --{nearest[0]}?" if nearest else "."))
-    fire.Fire(function)
+    fire.Fire(function, ["--", "--help"] if "--help" in arguments else None)

@@ -22,7 +22,7 @@ from tests.conftest import BUNDLE_ROOT
 
 COMMANDS = [file.stem for file in sorted((BUNDLE_ROOT / "scripts").glob("*.py")) if "    command(" in file.read_text()]
 
-TAKE_ANY = {"complexity", "cross_validation", "export", "phantom"}  # keys of the configs, or of a network, --help too
+TAKE_ANY = {"complexity", "cross_validation", "export", "phantom"}  # keys of the configs, or of a network
 
 
 def test_commands_are_found():
@@ -42,7 +42,7 @@ def run(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
-@pytest.mark.parametrize("name", sorted(set(COMMANDS) - TAKE_ANY))
+@pytest.mark.parametrize("name", COMMANDS)
 def test_the_help(name, run, capsys):
     with pytest.raises(SystemExit) as end:
         run(name, "--help")
