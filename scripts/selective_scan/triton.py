@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 import triton
 
 from . import triton_kernels as kernels
@@ -24,10 +25,13 @@ __all__ = ["MIXER_MULTIPLE", "mixer", "scan"]
 
 MIXER_MULTIPLE = 1  # the fused mixer takes any width
 
-_STEPS, _CHANNELS = 64, 16  # of a tile: wider ones run out of registers in the backward
+_STEPS, _CHANNELS = 64, 16  # of a tile of the convolution and of the scan's gradients
+_LANES, _STATES = 32, 16  # of a walk over a chunk: a channel for each lane of a warp, and states it keeps at a time
+_PIECE = 8  # steps whose states the backward keeps at a time
 _CHUNKS, _ELEMENTS = 128, 16  # at most, of a tile of the scan over chunks
 _PROGRAMS = 1024  # enough of them to fill a GPU
 _GATE = 1024  # elements of a program of the gate
+_TILE = {"T": _STEPS, "W": _CHANNELS}
 _LOG2E = math.log2(math.e)
 
 
@@ -48,9 +52,10 @@ def scan(
     the chunks again from the right states; softplus, bias, ``D u`` and the gate fused, states in float32. Arguments and
     returns as :py:func:`.reference.scan`.
 
-    A chunk is 64 tokens: where states grow (A > 0), they must not grow more than 2^127 times within one.
+    A chunk is at most 64 tokens: where states grow (A > 0), they must not grow more than 2^127 times within one.
 
-    Autograd keeps the inputs, and the chunks' first states: 4 * n * d / 64 bytes a token.
+    Autograd keeps the inputs, and the chunks' first states: 4 * n * d / 64 bytes a token for up to 128 channels, twice
+    as much for up to 256, then four times.
     """
     D = A.new_zeros(A.shape[0], dtype=torch.float32) if D is None else D.float()
     bias = torch.zeros_like(D) if delta_bias is None else delta_bias.float()
@@ -75,13 +80,18 @@ def mixer(
     the three passes of the scan, the sum and the gate; the projections between are PyTorch's.
 
     Autograd keeps, in bytes a token beside the parameters, with e bytes an element of ``xz``: e * (2 d for xz + d for
-    the sum + K (dt_rank + 2 n) for dt, B and C) + K n d / 16 for the chunks' first states. The convolution, dt_proj
-    and the scan are recomputed.
+    the sum + K (2 n + dt_rank, rounded up to a multiple of 8) for B, C and dt) + K n d / 16 for the chunks' first
+    states (for up to 128 channels, twice as much for up to 256, then four times). The convolution, dt_proj and the scan
+    are recomputed.
     """
     index = inverse = None  # all orders are the raster's
     if any(i is not None for i in indices):
         index, inverse = order_steps(indices, xz.shape[1], xz.device)
     weight = conv_weight.float().transpose(1, 2).contiguous()
+    # B and C before dt, and rows of a multiple of 8: so they are loaded, and multiplied, in pieces of 16 bytes.
+    rank = dt_proj_weight.shape[2]
+    x_proj_weight = torch.cat([x_proj_weight[:, rank:], x_proj_weight[:, :rank]], dim=1)
+    x_proj_weight = F.pad(x_proj_weight, (0, 0, 0, -x_proj_weight.shape[1] % 8))
     matrices = (x_proj_weight.to(xz.dtype), dt_proj_weight.to(xz.dtype))
     vectors = (dt_proj_bias.float(), A.float(), D.float())
     return _mixer(xz.contiguous(), weight, conv_bias.float().contiguous(), *matrices, *vectors, index, inverse)[0]
@@ -119,7 +129,7 @@ def _(u, delta, A, B, C, D, z, bias, softplus, index):
 
 
 def _starts(like: torch.Tensor, rows: int, length: int, n: int, d: int) -> torch.Tensor:
-    return like.new_empty((rows, -(-length // _STEPS) + 1, n, d), dtype=torch.float32)
+    return like.new_empty((rows, -(-length // _chunk(d)) + 1, n, d), dtype=torch.float32)
 
 
 @torch.library.custom_op("segresmamba::scan_backward", mutates_args=())
@@ -228,16 +238,16 @@ def _mixer_backward(
         du, ddelta, _, dB, dC, dA, dD = run.backward(starts, dy)
         du, ddelta, u = (x.view(K, batch * length, d) for x in (du, ddelta, u))
         dt_bias_gradient = ddelta.sum(1, dtype=torch.float32)
-        dpacked = torch.empty_like(packed)
-        dpacked[..., :rank] = ddelta @ dt_proj
-        dpacked[..., rank : rank + n] = dB.sum(0).view(K, batch * length, n)
-        dpacked[..., rank + n :] = dC.sum(0).view(K, batch * length, n)
-        ddt_proj = ddelta.transpose(1, 2) @ packed[..., :rank]
+        dpacked = torch.zeros_like(packed)
+        dpacked[..., :n] = dB.sum(0).view(K, batch * length, n)
+        dpacked[..., n : 2 * n] = dC.sum(0).view(K, batch * length, n)
+        dpacked[..., 2 * n : 2 * n + rank] = ddelta @ dt_proj
+        ddt_proj = ddelta.transpose(1, 2) @ packed[..., 2 * n : 2 * n + rank]
         dx_proj = dpacked.transpose(1, 2) @ u
         du.baddbmm_(dpacked, x_proj)
 
-        chunks, grid = _grid(K * batch, length, d)
-        constants = _shape(index, length * 2 * d)
+        chunks, grid = _tiles(K * batch, length, d)
+        constants = _shape(index, length * 2 * d) | _TILE
         dweight = torch.empty((K, batch * chunks, taps, d), dtype=torch.float32, device=xz.device)
         dbias = torch.empty((K, batch * chunks, d), dtype=torch.float32, device=xz.device)
         sizes = (batch, length, d, taps, chunks)
@@ -282,28 +292,35 @@ class _Scan:
         self.A2 = (A * _LOG2E).transpose(1, 2).contiguous()
         self.D, self.bias = D.contiguous(), bias.contiguous()
         self.index = _or(index, u)
-        self.chunks, self.grid = _grid(self.rows, self.length, self.d, self.groups)
+        steps = _chunk(self.d)
+        self.chunks = -(-self.length // steps)
+        self.grid = (self.rows * self.chunks * self.groups * -(-(self.d // self.groups) // _LANES),)
         self.gated = z is not None
         widest = max(self.d, *(self.groups * columns for columns in self.columns))
-        shape = _shape(index, self.length * widest)
-        self.ends = {"SOFTPLUS": softplus, **shape}
-        self.constants = {"SOFTPLUS": softplus, "GATED": self.gated, **shape}
+        self.constants = {"SOFTPLUS": softplus, **_shape(index, self.length * widest), "T": steps}
+        self.walk = {"n": self.n, "N": min(_STATES, triton.next_power_of_2(self.n)), "W": _LANES, "num_warps": 1}
         self.chunk_tile = {"T": min(_CHUNKS, triton.next_power_of_2(self.chunks)), "W": _ELEMENTS}
-        self.sizes = (self.length, self.d, self.groups, self.n, self.chunks)
+        self.sizes = (self.length, self.d, self.groups)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns y (R, L, d) and the chunks' first states, and the last (R, chunks + 1, n, d)."""
         u, delta, bias, A2, B, C = self.u, self.delta, self.bias, self.A2, self.B, self.C
         starts = _starts(u, self.rows, self.length, self.n, self.d)
-        ends, sums = self._chunk_ends()
+        ends, sums = self._by_chunk(self.n, self.d), self._by_chunk(self.d)
+        kernels.chunk_ends[self.grid](
+            u, delta, bias, A2, B, self.index, ends, sums, self.batch, *self.sizes, self.chunks,
+            b_columns=self.columns[0], **self.constants, **self.walk,
+        )  # fmt: skip
         kernels.chunk_starts[self._chunk_grid()](
             A2, ends, sums, starts, self.batch, self.d, self.n, self.chunks, **self.chunk_tile
         )
         del ends
         y = torch.empty_like(u)
+        total = torch.empty_like(u, dtype=torch.float32) if self.n > _STATES else y
         kernels.scan_apply[self.grid](
-            u, delta, bias, A2, B, C, self.D, self.z, self.index, starts, y, self.batch, *self.sizes, *self.columns,
-            **self.constants,
+            u, delta, bias, A2, B, C, self.D, self.z, self.index, starts, total, y, self.batch, *self.sizes,
+            self.chunks, b_columns=self.columns[0], c_columns=self.columns[1], GATED=self.gated, **self.constants,
+            **self.walk,
         )  # fmt: skip
         return y, starts
 
@@ -315,11 +332,10 @@ class _Scan:
         u, delta, bias, A2, B, C = self.u, self.delta, self.bias, self.A2, self.B, self.C
         dy = dy.contiguous()
         like = {"dtype": torch.float32, "device": u.device}
-        carries = torch.empty((self.rows, self.chunks, self.n, self.d), **like)
-        sums = self._chunk_ends()[1]
+        carries, sums = self._by_chunk(self.n, self.d), self._by_chunk(self.d)
         kernels.chunk_carries[self.grid](
-            delta, bias, A2, C, self.z, self.index, dy, carries, self.batch, len(dy), *self.sizes, self.columns[1],
-            **self.constants,
+            delta, bias, A2, C, self.z, self.index, dy, carries, sums, self.batch, len(dy), *self.sizes, self.chunks,
+            c_columns=self.columns[1], GATED=self.gated, **self.constants, **self.walk,
         )  # fmt: skip
         gradients = torch.empty_like(carries)
         kernels.chunk_gradients[self._chunk_grid()](
@@ -333,24 +349,20 @@ class _Scan:
         blocks_of_part = -(-blocks // min(blocks, -(-_PROGRAMS // (self.rows * self.chunks * self.groups))))
         parts = -(-blocks // blocks_of_part)
         dB, dC = (torch.empty((parts, self.rows, self.length, self.groups, self.n), **like) for _ in range(2))
-        dD = torch.empty((self.rows, self.chunks, self.d), **like)
+        dD = self._by_chunk(self.d)
+        total = torch.empty((3, *u.shape), **like) if self.n > _STATES else u
         kernels.scan_gradients[(self.rows * self.chunks * self.groups * parts,)](
-            u, delta, bias, A2, B, C, self.D, self.z, self.index, starts, dy, gradients, du, ddelta, dz, dB, dC, dD,
-            self.batch, len(dy), self.rows, *self.sizes, *self.columns, parts, blocks_of_part, **self.constants,
+            u, delta, bias, A2, B, C, self.D, self.z, self.index, starts, dy, gradients, total, du, ddelta, dz, dB, dC,
+            dD, self.batch, len(dy), self.rows, *self.sizes, self.chunks, parts, blocks_of_part,
+            b_columns=self.columns[0], c_columns=self.columns[1], GATED=self.gated, P=_PIECE, **self.constants,
+            **{**self.walk, "W": _CHANNELS},
         )  # fmt: skip
         K = len(A2)
         dA = gradients.view(K, -1, self.n, self.d).sum(1).transpose(1, 2).contiguous()
         return du, ddelta, dz, dB, dC, dA, dD.view(K, -1, self.d).sum(1)
 
-    def _chunk_ends(self) -> tuple[torch.Tensor, torch.Tensor]:
-        like = {"dtype": torch.float32, "device": self.u.device}
-        ends = torch.empty((self.rows, self.chunks, self.n, self.d), **like)
-        sums = torch.empty((self.rows, self.chunks, self.d), **like)
-        kernels.chunk_ends[self.grid](
-            self.u, self.delta, self.bias, self.A2, self.B, self.index, ends, sums, self.batch, *self.sizes,
-            self.columns[0], **self.ends,
-        )  # fmt: skip
-        return ends, sums
+    def _by_chunk(self, *sizes: int) -> torch.Tensor:
+        return torch.empty((self.rows, self.chunks, *sizes), dtype=torch.float32, device=self.u.device)
 
     def _chunk_grid(self) -> tuple[int]:
         return (self.rows * -(-self.n * self.d // _ELEMENTS),)
@@ -359,29 +371,38 @@ class _Scan:
 def _mixer_scan(u, packed, dt_proj, dt_bias, A, D, index) -> _Scan:
     K, batch, length, d = u.shape
     rank, n = dt_proj.shape[2], A.shape[2]
-    delta = (packed[..., :rank] @ dt_proj.transpose(1, 2)).view(K * batch, length, d)
+    delta = (packed[..., 2 * n : 2 * n + rank] @ dt_proj.transpose(1, 2)).view(K * batch, length, d)
     columns = packed.view(K * batch, length, 1, -1)
-    B, C = columns[..., rank : rank + n], columns[..., rank + n :]
+    B, C = columns[..., :n], columns[..., n : 2 * n]
     return _Scan(u.view(K * batch, length, d), delta, A, B, C, D, None, dt_bias, True, index)
 
 
 def _convolve(xz, weight, bias, index) -> torch.Tensor:
     (batch, length, _), (K, taps, d) = xz.shape, weight.shape
     u = xz.new_empty(K, batch, length, d)
-    chunks, grid = _grid(K * batch, length, d)
-    constants = _shape(index, length * 2 * d)
+    chunks, grid = _tiles(K * batch, length, d)
+    constants = _shape(index, length * 2 * d) | _TILE
     kernels.conv_forward[grid](xz, weight, bias, _or(index, xz), u, batch, length, d, taps, chunks, **constants)
     return u
 
 
-def _grid(rows: int, length: int, d: int, groups: int = 1) -> tuple[int, tuple[int]]:
+def _chunk(d: int) -> int:
+    """
+    Steps of a chunk. A level has the fewer tokens the more channels it has, and a GPU must be filled on each; the
+    length itself is not asked, so that it may be symbolic.
+    """
+    return 64 if d <= 128 else 32 if d <= 256 else 16
+
+
+def _tiles(rows: int, length: int, d: int) -> tuple[int, tuple[int]]:
+    """Chunks of the convolution, and its grid."""
     chunks = -(-length // _STEPS)
-    return chunks, (rows * chunks * groups * -(-(d // groups) // _CHANNELS),)
+    return chunks, (rows * chunks * -(-d // _CHANNELS),)
 
 
 def _shape(index: torch.Tensor | None, elements: int) -> dict[str, int]:
-    """What a kernel is compiled for: whether there is an order, the width of offsets in a row, the tile."""
-    return {"ORDERED": index is not None, "WIDE": elements >= 2**31, "T": _STEPS, "W": _CHANNELS}
+    """What a kernel is compiled for: whether there is an order, and the width of offsets in a row."""
+    return {"ORDERED": index is not None, "WIDE": elements >= 2**31}
 
 
 def _columns(x: torch.Tensor) -> int:

@@ -9,13 +9,16 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The kernels of the ``triton`` engine. A program holds a tile of T steps (a chunk) by W channels and goes through the
-states one by one, so that every load is a tile of tokens and the recurrence a scan along the tile.
+The kernels of the ``triton`` engine. In the scan, a program is one warp that walks a chunk of T steps, step by step,
+for W channels, with N states of each in registers: parallel over chunks, channels and states, the recurrence needs no
+scan across lanes, which would take longer than the exponentials. In the convolution it holds a tile of T steps by W
+channels.
 
 Names: R rows (order x batch), L tokens, d channels, g groups of B and C, n states, K orders, taps of a convolution.
 ``index`` (K, L) is the token at each step of an order, ``inverse`` (K, L) the step of each token; without ``ORDERED``
 the order is the raster's. Arrays are contiguous, but for the rows of B and C: their ``token`` stride is the number of
-columns of the tensor that they lie in. A2 is A * log2(e), (K, n, d).
+columns of the tensor that they lie in. A2 is A * log2(e), (K, n, d). u, delta, z, B, C, y and their gradients come in
+any floating dtype, all else in float32.
 """
 
 from __future__ import annotations
@@ -51,28 +54,6 @@ def _after(a1, b1, a2, b2):
 
 
 @triton.jit
-def _after_keeping(a1, b1, p1, a2, b2, p2):
-    """As ``_after``; p is what a state has from the one before it, which ``state - input`` would round away."""
-    return a2 * a1, a2 * b1 + b2, a2 * b1 + p2
-
-
-@triton.jit
-def _rest(s1, e1, s2, e2):
-    """On the walk back, the sum, and the sum without the first, which ``sum - first`` would round away."""
-    return s1 + s2, s1 + e2
-
-
-@triton.jit
-def _before(a1, b1, c1, a2, b2, c2):
-    """
-    Segments of the walk back, the right one (1) met first. A segment maps the gradient that enters it, times the decay
-    that follows it, to the gradient a x + b of its first state; c is its first decay. So no division, nor a shift.
-    """
-    a = a2 * c1
-    return a * a1, a * b1 + b2, c2
-
-
-@triton.jit
 def _place(d, g, chunks, W: tl.constexpr):
     """What a program of the grid (R * chunks * channel blocks,) is for: chunk, row, group, channels."""
     blocks_of_group = tl.cdiv(d // g, W)
@@ -85,48 +66,83 @@ def _place(d, g, chunks, W: tl.constexpr):
 
 
 @triton.jit
-def _tokens(index, k, chunk, L, ORDERED: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr):
-    """The tokens of a tile. Offsets within a row are 64 bits wide only where they must be: they take registers."""
-    steps = chunk * T + tl.arange(0, T)
-    live = steps < L
+def _tokens(index, k, steps, live, L, ORDERED: tl.constexpr, WIDE: tl.constexpr):
+    """The tokens at steps. Offsets within a row are 64 bits wide only where they must be: they take registers."""
     token = steps
     if ORDERED:
         token = tl.load(index + k * L + steps, mask=live, other=0)
-    return token.to(tl.int64 if WIDE else tl.int32), live
+    return token.to(tl.int64 if WIDE else tl.int32)
 
 
 @triton.jit
-def _step_sizes(delta, bias, at, mask, k, d, channels, valid, SOFTPLUS: tl.constexpr):
-    """The step sizes of a tile, zero beyond its ends, and what softplus took."""
-    raw = tl.load(delta + at, mask=mask, other=0.0).to(tl.float32)
-    raw += tl.load(bias + k * d + channels, mask=valid, other=0.0)[None, :]
+def _channels(channels, COUNT: tl.constexpr):
+    """
+    The channels of a tile of states by channels, as if no more than COUNT of them followed one another. To load a tile
+    fast, Triton would give each lane four channels and few states. With 1, a lane has one channel and all states, and
+    no sum over them crosses lanes; 2 is between, for sums both ways.
+    """
+    return tl.max_contiguous(channels[None, :], [1, COUNT])
+
+
+@triton.jit
+def _step_size(delta, bias, at, valid, SOFTPLUS: tl.constexpr):
+    """The step sizes of a token's channels, and what softplus took."""
+    raw = tl.load(delta + at, mask=valid, other=0.0).to(tl.float32) + bias
     dt = raw
     if SOFTPLUS:
         dt = _softplus(raw)
-    return tl.where(mask, dt, 0.0), raw
+    return dt, raw
+
+
+@triton.jit
+def _step(
+    u, delta, shift, a, B, index, k, step, live, channels, valid, s, L, d, n: tl.constexpr, row_b: tl.constexpr,
+    SOFTPLUS: tl.constexpr, ORDERED: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """
+    What the recurrence takes at a step: its token, the places of the token's channels and whether they are there, the
+    step sizes, u, the decay and the row of B; last, what softplus took. Beyond the end (not ``live``) the state stays.
+    """
+    token = _tokens(index, k, step, live, L, ORDERED, WIDE)
+    at = token * d + channels
+    mask = valid & live
+    dt, raw = _step_size(delta, shift, at, mask, SOFTPLUS)
+    dt = tl.where(live, dt, 0.0)
+    x = tl.load(u + at, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(B + token * row_b + s, mask=(s < n) & live, other=0.0).to(tl.float32)
+    return token, at, mask, dt, x, tl.exp2(a * dt[None, :]), b, raw
 
 
 @triton.jit
 def chunk_ends(
-    u, delta, bias, A2, B, index, ends, sums, batch, L, d, g, n, chunks, b_columns,
-    SOFTPLUS: tl.constexpr, ORDERED: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
+    u, delta, bias, A2, B, index, ends, sums, batch, L, d, g, chunks, n: tl.constexpr, b_columns: tl.constexpr,
+    SOFTPLUS: tl.constexpr, ORDERED: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr, N: tl.constexpr,
+    W: tl.constexpr,
 ):  # fmt: skip
     """First pass: each chunk's end state (R, chunks, n, d) if it begins at zero, and sum of dt (R, chunks, d)."""
     chunk, r, group, channels, valid = _place(d, g, chunks, W)
     k = r // batch
-    token, live = _tokens(index, k, chunk, L, ORDERED, WIDE, T)
-    mask = live[:, None] & valid[None, :]
-    at = token[:, None] * d + channels[None, :]
-    dt, _ = _step_sizes(delta + r * L * d, bias, at, mask, k, d, channels, valid, SOFTPLUS)
-    x = dt * tl.load(u + r * L * d + at, mask=mask, other=0.0).to(tl.float32)
-    _, rest = tl.associative_scan((dt, tl.zeros((T, W), dtype=tl.float32)), 0, _rest, reverse=True)
-    tl.store(sums + (r * chunks + chunk) * d + channels, tl.sum(dt, axis=0), mask=valid)
-    rows = B + (r * L * g + group) * b_columns + token * (g * b_columns)
-    for s in range(n):
-        a = tl.load(A2 + (k * n + s) * d + channels, mask=valid, other=0.0)
-        b = tl.load(rows + s, mask=live, other=0.0).to(tl.float32)
-        end = tl.sum(tl.exp2(a[None, :] * rest) * (x * b[:, None]), axis=0)
-        tl.store(ends + ((r * chunks + chunk) * n + s) * d + channels, end, mask=valid)
+    first = chunk.to(tl.int32) * T
+    u += r * L * d
+    delta += r * L * d
+    B += (r * L * g + group) * b_columns
+    shift = tl.load(bias + k * d + channels, mask=valid, other=0.0)
+    for some in range(0, n, N):
+        s = some + tl.arange(0, N)
+        live = (s < n)[:, None] & valid[None, :]
+        a = tl.load(A2 + (k * n + s)[:, None] * d + _channels(channels, 1), mask=live, other=0.0)
+        state = tl.zeros((N, W), dtype=tl.float32)
+        total = tl.zeros((W,), dtype=tl.float32)
+        for step in range(first, tl.minimum(first + T, L)):
+            _, _, _, dt, x, decay, b, _ = _step(
+                u, delta, shift, a, B, index, k, step, True, channels, valid, s, L, d, n, g * b_columns,
+                SOFTPLUS, ORDERED, WIDE,
+            )  # fmt: skip
+            state = decay * state + (dt * x)[None, :] * b[:, None]
+            total += dt
+        at_chunk = ((r * chunks + chunk) * n + s)[:, None] * d
+        tl.store(ends + at_chunk + _channels(channels, 1), state, mask=live)
+        tl.store(sums + (r * chunks + chunk) * d + channels, total, mask=valid)
 
 
 @triton.jit
@@ -156,36 +172,46 @@ def chunk_starts(A2, ends, sums, starts, batch, d, n, chunks, T: tl.constexpr, W
 
 @triton.jit
 def scan_apply(
-    u, delta, bias, A2, B, C, D, z, index, starts, y, batch, L, d, g, n, chunks, b_columns, c_columns,
-    SOFTPLUS: tl.constexpr, GATED: tl.constexpr, ORDERED: tl.constexpr, WIDE: tl.constexpr,
-    T: tl.constexpr, W: tl.constexpr,
+    u, delta, bias, A2, B, C, D, z, index, starts, total, y, batch, L, d, g, chunks, n: tl.constexpr,
+    b_columns: tl.constexpr, c_columns: tl.constexpr, SOFTPLUS: tl.constexpr, GATED: tl.constexpr,
+    ORDERED: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """Third pass: y (R, L, d), from the chunks' starts."""
+    """
+    Third pass: y (R, L, d), from the chunks' starts. Where there are more than N states, the sums over them are
+    collected in ``total`` (R, L, d), float32.
+    """
     chunk, r, group, channels, valid = _place(d, g, chunks, W)
     k = r // batch
-    token, live = _tokens(index, k, chunk, L, ORDERED, WIDE, T)
-    mask = live[:, None] & valid[None, :]
-    at = token[:, None] * d + channels[None, :]
-    dt, _ = _step_sizes(delta + r * L * d, bias, at, mask, k, d, channels, valid, SOFTPLUS)
-    x = tl.load(u + r * L * d + at, mask=mask, other=0.0).to(tl.float32)
-    out = tl.load(D + k * d + channels, mask=valid, other=0.0)[None, :] * x
-    x *= dt
-    first = (tl.arange(0, T) == 0)[:, None]
-    rows_b = B + (r * L * g + group) * b_columns + token * (g * b_columns)
-    rows_c = C + (r * L * g + group) * c_columns + token * (g * c_columns)
-    for s in range(n):
-        a = tl.load(A2 + (k * n + s) * d + channels, mask=valid, other=0.0)
-        start = tl.load(starts + ((r * (chunks + 1) + chunk) * n + s) * d + channels, mask=valid, other=0.0)
-        b = tl.load(rows_b + s, mask=live, other=0.0).to(tl.float32)
-        c = tl.load(rows_c + s, mask=live, other=0.0).to(tl.float32)
-        decay = tl.exp2(a[None, :] * dt)
-        h = x * b[:, None] + tl.where(first, decay * start[None, :], 0.0)
-        _, h = tl.associative_scan((decay, h), 0, _after)
-        out += h * c[:, None]
-    if GATED:
-        gate = tl.load(z + r * L * d + at, mask=mask, other=0.0).to(tl.float32)
-        out *= gate * tl.sigmoid(gate)
-    tl.store(y + r * L * d + at, out.to(y.dtype.element_ty), mask=mask)
+    first = chunk.to(tl.int32) * T
+    row = r * L * d
+    u += row
+    delta += row
+    B += (r * L * g + group) * b_columns
+    C += (r * L * g + group) * c_columns
+    shift = tl.load(bias + k * d + channels, mask=valid, other=0.0)
+    skip = tl.load(D + k * d + channels, mask=valid, other=0.0)
+    for some in range(0, n, N):
+        s = some + tl.arange(0, N)
+        live = (s < n)[:, None] & valid[None, :]
+        a = tl.load(A2 + (k * n + s)[:, None] * d + _channels(channels, 1), mask=live, other=0.0)
+        at_chunk = ((r * (chunks + 1) + chunk) * n + s)[:, None] * d
+        state = tl.load(starts + at_chunk + _channels(channels, 1), mask=live, other=0.0)
+        for step in range(first, tl.minimum(first + T, L)):
+            token, at, _, dt, x, decay, b, _ = _step(
+                u, delta, shift, a, B, index, k, step, True, channels, valid, s, L, d, n, g * b_columns,
+                SOFTPLUS, ORDERED, WIDE,
+            )  # fmt: skip
+            c = tl.load(C + token * (g * c_columns) + s, mask=s < n, other=0.0).to(tl.float32)
+            state = decay * state + (dt * x)[None, :] * b[:, None]
+            out = tl.sum(state * c[:, None], axis=0)
+            if n > N:
+                out += tl.load(total + row + at, mask=valid & (some > 0), other=0.0)
+                tl.store(total + row + at, out, mask=valid)
+            out += skip * x
+            if GATED:
+                gate = tl.load(z + row + at, mask=valid, other=0.0).to(tl.float32)
+                out *= gate * tl.sigmoid(gate)
+            tl.store(y + row + at, out.to(y.dtype.element_ty), mask=valid)
 
 
 @triton.jit
@@ -200,25 +226,38 @@ def _output_gradient(dy, z, at, mask, GATED: tl.constexpr):
 
 @triton.jit
 def chunk_carries(
-    delta, bias, A2, C, z, index, dy, carries, batch, dy_rows, L, d, g, n, chunks, c_columns,
-    SOFTPLUS: tl.constexpr, GATED: tl.constexpr, ORDERED: tl.constexpr, WIDE: tl.constexpr,
-    T: tl.constexpr, W: tl.constexpr,
+    delta, bias, A2, C, z, index, dy, carries, sums, batch, dy_rows, L, d, g, chunks, n: tl.constexpr,
+    c_columns: tl.constexpr, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, ORDERED: tl.constexpr, WIDE: tl.constexpr,
+    T: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """First pass of the backward: the gradient of each chunk's start by the chunk's own outputs (R, chunks, n, d)."""
+    """
+    First pass of the backward: the gradient of each chunk's start by the chunk's own outputs (R, chunks, n, d), and its
+    sum of dt (R, chunks, d).
+    """
     chunk, r, group, channels, valid = _place(d, g, chunks, W)
     k = r // batch
-    token, live = _tokens(index, k, chunk, L, ORDERED, WIDE, T)
-    mask = live[:, None] & valid[None, :]
-    at = token[:, None] * d + channels[None, :]
-    dt, _ = _step_sizes(delta + r * L * d, bias, at, mask, k, d, channels, valid, SOFTPLUS)
-    g_y = _output_gradient(dy + r % dy_rows * L * d, z + r * L * d, at, mask, GATED)
-    passed = tl.cumsum(dt, axis=0)
-    rows = C + (r * L * g + group) * c_columns + token * (g * c_columns)
-    for s in range(n):
-        a = tl.load(A2 + (k * n + s) * d + channels, mask=valid, other=0.0)
-        c = tl.load(rows + s, mask=live, other=0.0).to(tl.float32)
-        carry = tl.sum(tl.exp2(a[None, :] * passed) * (g_y * c[:, None]), axis=0)
-        tl.store(carries + ((r * chunks + chunk) * n + s) * d + channels, carry, mask=valid)
+    first = chunk.to(tl.int32) * T
+    steps = tl.minimum(first + T, L) - first
+    row, row_dy = r * L * d, r % dy_rows * L * d
+    C += (r * L * g + group) * c_columns
+    shift = tl.load(bias + k * d + channels, mask=valid, other=0.0)
+    for some in range(0, n, N):
+        s = some + tl.arange(0, N)
+        live = (s < n)[:, None] & valid[None, :]
+        a = tl.load(A2 + (k * n + s)[:, None] * d + _channels(channels, 1), mask=live, other=0.0)
+        carry = tl.zeros((N, W), dtype=tl.float32)
+        total = tl.zeros((W,), dtype=tl.float32)
+        for back in range(1, steps + 1):
+            token = _tokens(index, k, first + steps - back, True, L, ORDERED, WIDE)
+            at = token * d + channels
+            dt, _ = _step_size(delta + row, shift, at, valid, SOFTPLUS)
+            g_y = _output_gradient(dy + row_dy, z + row, at, valid, GATED)
+            c = tl.load(C + token * (g * c_columns) + s, mask=s < n, other=0.0).to(tl.float32)
+            carry = tl.exp2(a * dt[None, :]) * (carry + g_y[None, :] * c[:, None])
+            total += dt
+        at_chunk = ((r * chunks + chunk) * n + s)[:, None] * d
+        tl.store(carries + at_chunk + _channels(channels, 1), carry, mask=live)
+        tl.store(sums + (r * chunks + chunk) * d + channels, total, mask=valid)
 
 
 @triton.jit
@@ -234,89 +273,133 @@ def chunk_gradients(A2, carries, sums, gradients, batch, d, n, chunks, T: tl.con
     row = tl.arange(0, T)
     tl.store(gradients + (r * chunks + chunks - 1) * n * d + element, gradient, mask=valid)
     for past in range(0, chunks, T):
-        chunk = chunks - past - T + row.to(tl.int64)
+        chunk = chunks - 1 - past - row.to(tl.int64)  # a scan forward, of chunks from the last to the first
         mask = (chunk >= 0)[:, None] & valid[None, :]
         total = tl.load(sums + (r * chunks + chunk)[:, None] * d + (element % d)[None, :], mask=mask, other=0.0)
         carry = tl.load(carries + (r * chunks + chunk)[:, None] * n * d + element[None, :], mask=mask, other=0.0)
         decay = tl.exp2(a[None, :] * total)
-        carry += tl.where((row == T - 1)[:, None], decay * gradient[None, :], 0.0)
-        _, carry = tl.associative_scan((decay, carry), 0, _after, reverse=True)
+        carry += tl.where((row == 0)[:, None], decay * gradient[None, :], 0.0)
+        _, carry = tl.associative_scan((decay, carry), 0, _after)
         at = (r * chunks + chunk - 1)[:, None] * n * d + element[None, :]
         tl.store(gradients + at, carry, mask=mask & (chunk > 0)[:, None])
-        gradient = tl.sum(tl.where((row == 0)[:, None], carry, 0.0), axis=0)
+        gradient = tl.sum(tl.where((row == T - 1)[:, None], carry, 0.0), axis=0)
 
 
 @triton.jit
 def scan_gradients(
-    u, delta, bias, A2, B, C, D, z, index, starts, dy, gradients, du, ddelta, dz, dB, dC, dD,
-    batch, dy_rows, R, L, d, g, n, chunks, b_columns, c_columns, parts, blocks,
-    SOFTPLUS: tl.constexpr, GATED: tl.constexpr, ORDERED: tl.constexpr, WIDE: tl.constexpr,
-    T: tl.constexpr, W: tl.constexpr,
+    u, delta, bias, A2, B, C, D, z, index, starts, dy, gradients, total, du, ddelta, dz, dB, dC, dD,
+    batch, dy_rows, R, L, d, g, chunks, parts, blocks, n: tl.constexpr, b_columns: tl.constexpr,
+    c_columns: tl.constexpr, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, ORDERED: tl.constexpr, WIDE: tl.constexpr,
+    T: tl.constexpr, P: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """
     Third pass: du, ddelta, dz (R, L, d); sums over channels dB, dC (parts, R, L, g, n); each chunk's part of dD (R,
-    chunks, d), and of dA in the place of ``gradients`` (R, chunks, n, d). No atomics: a program goes through the
-    ``blocks`` channel blocks of its part one after the other. The grid is (R * chunks * g * parts,).
+    chunks, d), and of dA in the place of ``gradients`` (R, chunks, n, d). The chunk is walked forward for the states at
+    which its pieces of P steps begin; then, from the last piece to the first, each forward for its states and back for
+    the gradients. No atomics: a program goes through the ``blocks`` channel blocks of its part one after the other. The
+    grid is (R * chunks * g * parts,). Where there are more than N states, the sums over them are collected in ``total``
+    (3, R, L, d), float32.
     """
     program = tl.program_id(0)
     part, group = (program % parts).to(tl.int64), program // parts % g
     chunk, r = (program // (parts * g) % chunks).to(tl.int64), (program // (parts * g * chunks)).to(tl.int64)
     k = r // batch
-    row, row_dy = r * L * d, r % dy_rows * L * d
-    token, live = _tokens(index, k, chunk, L, ORDERED, WIDE, T)
-    first, last = (tl.arange(0, T) == 0)[:, None], (tl.arange(0, T) == T - 1)[:, None]
-    rows_b = B + (r * L * g + group) * b_columns + token * (g * b_columns)
-    rows_c = C + (r * L * g + group) * c_columns + token * (g * c_columns)
-    rows_db = dB + ((part * R + r) * L * g + group) * n + token * (g * n)
-    rows_dc = dC + ((part * R + r) * L * g + group) * n + token * (g * n)
+    row, row_dy, rows = r * L * d, r % dy_rows * L * d, R.to(tl.int64) * L * d
+    u += row
+    delta += row
+    B += (r * L * g + group) * b_columns
+    C += (r * L * g + group) * c_columns
+    dB += ((part * R + r) * L * g + group) * n
+    dC += ((part * R + r) * L * g + group) * n
+    first = chunk.to(tl.int32) * T
+    end = tl.minimum(first + T, L)
     for block in range(blocks):
         channels = group * (d // g) + (part.to(tl.int32) * blocks + block) * W + tl.arange(0, W)
         valid = channels < (group + 1) * (d // g)
-        mask = live[:, None] & valid[None, :]
-        at = token[:, None] * d + channels[None, :]
-        dt, raw = _step_sizes(delta + row, bias, at, mask, k, d, channels, valid, SOFTPLUS)
-        u_ = tl.load(u + row + at, mask=mask, other=0.0).to(tl.float32)
-        g_y = _output_gradient(dy + row_dy, z + row, at, mask, GATED)
-        skip = tl.load(D + k * d + channels, mask=valid, other=0.0)[None, :]
-        x = dt * u_
-        out = skip * u_
-        g_x = tl.zeros((T, W), dtype=tl.float32)
-        g_dt = tl.zeros((T, W), dtype=tl.float32)
-        for s in range(n):
-            a = tl.load(A2 + (k * n + s) * d + channels, mask=valid, other=0.0)
-            start = tl.load(starts + ((r * (chunks + 1) + chunk) * n + s) * d + channels, mask=valid, other=0.0)
-            at_chunk = ((r * chunks + chunk) * n + s) * d + channels
-            end = tl.load(gradients + at_chunk, mask=valid, other=0.0)
-            b = tl.load(rows_b + s, mask=live, other=0.0).to(tl.float32)[:, None]
-            c = tl.load(rows_c + s, mask=live, other=0.0).to(tl.float32)[:, None]
-            decay = tl.exp2(a[None, :] * dt)
-            kept = tl.where(first, decay * start[None, :], 0.0)
-            _, h, kept = tl.associative_scan((decay, x * b + kept, kept), 0, _after_keeping)
-            g_h = g_y * c + tl.where(last, end[None, :], 0.0)
-            _, g_h, _ = tl.associative_scan((tl.full((T, W), 1.0, tl.float32), g_h, decay), 0, _before, reverse=True)
-            if GATED:
-                out += h * c
-            db, dc = tl.sum(g_h * x, axis=1), tl.sum(g_y * h, axis=1)
-            if block > 0:
-                db += tl.load(rows_db + s, mask=live, other=0.0)
-                dc += tl.load(rows_dc + s, mask=live, other=0.0)
-            tl.store(rows_db + s, db, mask=live)
-            tl.store(rows_dc + s, dc, mask=live)
-            g_x += g_h * b
-            g_decay = g_h * kept  # the decay's gradient times the decay
-            g_dt += g_decay * a[None, :]
-            tl.store(gradients + at_chunk, tl.sum(g_decay * dt, axis=0), mask=valid)
-        g_dt = g_dt * LN2 + g_x * u_
-        if SOFTPLUS:
-            g_dt *= tl.sigmoid(raw)
-        tl.store(ddelta + row + at, g_dt.to(ddelta.dtype.element_ty), mask=mask)
-        tl.store(du + row + at, (g_x * dt + skip * g_y).to(du.dtype.element_ty), mask=mask)
-        tl.store(dD + (r * chunks + chunk) * d + channels, tl.sum(g_y * u_, axis=0), mask=valid)
-        if GATED:
-            gate = tl.load(z + row + at, mask=mask, other=0.0).to(tl.float32)
-            s_ = tl.sigmoid(gate)
-            g_out = tl.load(dy + row_dy + at, mask=mask, other=0.0).to(tl.float32)
-            tl.store(dz + row + at, (g_out * out * s_ * (1.0 + gate * (1.0 - s_))).to(dz.dtype.element_ty), mask=mask)
+        shift = tl.load(bias + k * d + channels, mask=valid, other=0.0)
+        skip = tl.load(D + k * d + channels, mask=valid, other=0.0)
+        for some in range(0, n, N):
+            s = some + tl.arange(0, N)
+            there = (s < n)[:, None] & valid[None, :]
+            a = tl.load(A2 + (k * n + s)[:, None] * d + _channels(channels, 2), mask=there, other=0.0)
+            at_start = ((r * (chunks + 1) + chunk) * n + s)[:, None] * d + _channels(channels, 2)
+            at_chunk = ((r * chunks + chunk) * n + s)[:, None] * d + _channels(channels, 2)
+            state = tl.load(starts + at_start, mask=there, other=0.0)
+            g_state = tl.load(gradients + at_chunk, mask=there, other=0.0)
+            g_a = tl.zeros((N, W), dtype=tl.float32)
+            g_skip = tl.zeros((W,), dtype=tl.float32)
+            pieces = (state,)
+            for following in tl.static_range(1, T // P):
+                for step in range(first + (following - 1) * P, tl.minimum(first + following * P, end)):
+                    _, _, _, dt, x, decay, b, _ = _step(
+                        u, delta, shift, a, B, index, k, step, True, channels, valid, s, L, d, n, g * b_columns,
+                        SOFTPLUS, ORDERED, WIDE,
+                    )  # fmt: skip
+                    state = decay * state + (dt * x)[None, :] * b[:, None]
+                pieces = pieces + (state,)
+            last = tl.cdiv(end - first, P) - 1
+            for past in range(last + 1):
+                piece = last - past
+                state = pieces[0]
+                for other in tl.static_range(1, T // P):
+                    state = tl.where(piece == other, pieces[other], state)
+                states = (state,)
+                for i in tl.static_range(P):
+                    step = first + piece * P + i
+                    _, _, _, dt, x, decay, b, _ = _step(
+                        u, delta, shift, a, B, index, k, step, step < end, channels, valid, s, L, d, n, g * b_columns,
+                        SOFTPLUS, ORDERED, WIDE,
+                    )  # fmt: skip
+                    state = decay * state + (dt * x)[None, :] * b[:, None]
+                    states = states + (state,)
+                for i in tl.static_range(P):
+                    step = first + piece * P + P - 1 - i
+                    live = step < end
+                    token, at, mask, dt, x, decay, b, raw = _step(
+                        u, delta, shift, a, B, index, k, step, live, channels, valid, s, L, d, n, g * b_columns,
+                        SOFTPLUS, ORDERED, WIDE,
+                    )  # fmt: skip
+                    g_y = _output_gradient(dy + row_dy, z + row, at, mask, GATED)
+                    mask_s = (s < n) & live
+                    c = tl.load(C + token * (g * c_columns) + s, mask=mask_s, other=0.0).to(tl.float32)
+                    g_state += g_y[None, :] * c[:, None]
+                    g_b = tl.sum(g_state * (dt * x)[None, :], axis=1)
+                    g_c = tl.sum(states[P - i] * g_y[None, :], axis=1)
+                    at_s = token * (g * n) + s
+                    g_b += tl.load(dB + at_s, mask=mask_s & (block > 0), other=0.0)
+                    g_c += tl.load(dC + at_s, mask=mask_s & (block > 0), other=0.0)
+                    tl.store(dB + at_s, g_b, mask=mask_s)
+                    tl.store(dC + at_s, g_c, mask=mask_s)
+                    g_x = tl.sum(g_state * b[:, None], axis=0)
+                    g_decay = g_state * (decay * states[P - 1 - i])  # the decay's gradient times the decay
+                    g_dt = tl.sum(g_decay * a, axis=0)
+                    g_a += g_decay * dt[None, :]
+                    g_state *= decay
+                    if n > N:
+                        more = mask & (some > 0)
+                        g_x += tl.load(total + row + at, mask=more, other=0.0)
+                        g_dt += tl.load(total + rows + row + at, mask=more, other=0.0)
+                        tl.store(total + row + at, g_x, mask=mask)
+                        tl.store(total + rows + row + at, g_dt, mask=mask)
+                    g_skip += g_y * x
+                    g_dt = g_dt * LN2 + g_x * x
+                    if SOFTPLUS:
+                        g_dt *= tl.sigmoid(raw)
+                    tl.store(ddelta + row + at, g_dt.to(ddelta.dtype.element_ty), mask=mask)
+                    tl.store(du + row + at, (g_x * dt + skip * g_y).to(du.dtype.element_ty), mask=mask)
+                    if GATED:
+                        out = tl.sum(states[P - i] * c[:, None], axis=0)
+                        if n > N:
+                            out += tl.load(total + 2 * rows + row + at, mask=mask & (some > 0), other=0.0)
+                            tl.store(total + 2 * rows + row + at, out, mask=mask)
+                        out += skip * x
+                        gate = tl.load(z + row + at, mask=mask, other=0.0).to(tl.float32)
+                        slope = tl.sigmoid(gate)
+                        slope *= 1.0 + gate * (1.0 - slope)
+                        g_out = tl.load(dy + row_dy + at, mask=mask, other=0.0).to(tl.float32)
+                        tl.store(dz + row + at, (g_out * out * slope).to(dz.dtype.element_ty), mask=mask)
+            tl.store(gradients + at_chunk, g_a, mask=there)
+            tl.store(dD + (r * chunks + chunk) * d + channels, g_skip, mask=valid)
         tl.debug_barrier()  # the next block adds to what this one has written
 
 
@@ -332,10 +415,7 @@ def _convolved(
     for back in range(taps):
         step = steps - back
         there = (step >= 0) & (step < L)
-        token = step
-        if ORDERED:
-            token = tl.load(index + k * L + step, mask=there, other=0)
-        token = token.to(tl.int64 if WIDE else tl.int32)
+        token = _tokens(index, k, step, there, L, ORDERED, WIDE)
         w = tl.load(weight + (k * taps + taps - 1 - back) * d + channels, mask=valid, other=0.0)
         at = token[:, None] * (2 * d) + channels[None, :]
         x += w[None, :] * tl.load(xz + b * L * 2 * d + at, mask=there[:, None] & valid[None, :], other=0.0).to(
@@ -356,7 +436,9 @@ def conv_forward(
     chunk, r, _, channels, valid = _place(d, 1, chunks, W)
     k, b = r // batch, r % batch
     x = _convolved(xz, weight, bias, index, k, b, chunk, channels, valid, L, d, taps, ORDERED, WIDE, T, W)
-    token, live = _tokens(index, k, chunk, L, ORDERED, WIDE, T)
+    steps = chunk * T + tl.arange(0, T)
+    live = steps < L
+    token = _tokens(index, k, steps, live, L, ORDERED, WIDE)
     at = token[:, None] * d + channels[None, :]
     tl.store(u + r * L * d + at, (x * tl.sigmoid(x)).to(u.dtype.element_ty), mask=live[:, None] & valid[None, :])
 
@@ -373,21 +455,19 @@ def conv_backward_pre(
     chunk, r, _, channels, valid = _place(d, 1, chunks, W)
     k, b = r // batch, r % batch
     x = _convolved(xz, weight, bias, index, k, b, chunk, channels, valid, L, d, taps, ORDERED, WIDE, T, W)
-    token, live = _tokens(index, k, chunk, L, ORDERED, WIDE, T)
+    steps = chunk * T + tl.arange(0, T)
+    live = steps < L
+    token = _tokens(index, k, steps, live, L, ORDERED, WIDE)
     mask = live[:, None] & valid[None, :]
     at = token[:, None] * d + channels[None, :]
     s = tl.sigmoid(x)
     g = tl.load(du + r * L * d + at, mask=mask, other=0.0).to(tl.float32) * s * (1.0 + x * (1.0 - s))
     tl.store(du + r * L * d + at, g.to(du.dtype.element_ty), mask=mask)
     tl.store(dbias + (r * chunks + chunk) * d + channels, tl.sum(g, axis=0), mask=valid)
-    steps = chunk * T + tl.arange(0, T)
     for back in range(taps):
         step = steps - back
         there = (step >= 0) & live
-        source = step
-        if ORDERED:
-            source = tl.load(index + k * L + step, mask=there, other=0)
-        source = source.to(tl.int64 if WIDE else tl.int32)
+        source = _tokens(index, k, step, there, L, ORDERED, WIDE)
         at_source = source[:, None] * (2 * d) + channels[None, :]
         value = tl.load(xz + b * L * 2 * d + at_source, mask=there[:, None] & valid[None, :], other=0.0).to(tl.float32)
         at_weight = ((r * chunks + chunk) * taps + taps - 1 - back) * d + channels
@@ -413,10 +493,7 @@ def conv_backward_input(
             step = tl.load(inverse + k * L + token, mask=live, other=0).to(tl.int64)
         for ahead in range(taps):
             there = live & (step + ahead < L)
-            target = step + ahead
-            if ORDERED:
-                target = tl.load(index + k * L + step + ahead, mask=there, other=0)
-            target = target.to(tl.int64 if WIDE else tl.int32)
+            target = _tokens(index, k, step + ahead, there, L, ORDERED, WIDE)
             w = tl.load(weight + (k * taps + taps - 1 - ahead) * d + channels, mask=valid, other=0.0)
             at = target[:, None] * d + channels[None, :]
             x += w[None, :] * tl.load(
