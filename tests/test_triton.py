@@ -44,7 +44,7 @@ from scripts.selective_scan import triton_kernels
 FLOAT = "weight bias A2 D ends sums starts carries gradients total dB dC dD dweight dbias".split()
 WHOLE = "batch dy_rows R K L d g n chunks parts blocks taps elements b_columns c_columns".split()
 ONES = "batch g n chunks parts blocks dy_rows".split()
-CONSTANTS = {"T": 64, "N": 16, "P": 8, "n": 16, "b_columns": 40, "c_columns": 40}
+CONSTANTS = {"T": 64, "N": 16, "P": 4, "n": 16, "b_columns": 40, "c_columns": 40}
 done, crossing = [], []
 for dtype in sys.argv[2:]:
     for name in triton_kernels.__all__:

@@ -27,7 +27,7 @@ MIXER_MULTIPLE = 1  # the fused mixer takes any width
 
 _STEPS, _CHANNELS = 64, 16  # of a tile of the convolution and of the scan's gradients
 _LANES, _STATES = 32, 16  # of a walk over a chunk: a channel for each lane of a warp, and states it keeps at a time
-_PIECE = 8  # steps whose states the backward keeps at a time
+_PIECE = 4  # steps whose states the backward keeps at a time
 _CHUNKS, _ELEMENTS = 128, 16  # at most, of a tile of the scan over chunks
 _PROGRAMS = 1024  # enough of them to fill a GPU
 _GATE = 1024  # elements of a program of the gate

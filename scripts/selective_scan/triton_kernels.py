@@ -77,21 +77,20 @@ def _tokens(index, k, steps, live, L, ORDERED: tl.constexpr, WIDE: tl.constexpr)
 @triton.jit
 def _channels(channels, COUNT: tl.constexpr):
     """
-    The channels of a tile of states by channels, as if no more than COUNT of them followed one another. To load a tile
+    The channels of a tile of states by channels, as if they began at a multiple of COUNT and no more. To load a tile
     fast, Triton would give each lane four channels and few states. With 1, a lane has one channel and all states, and
     no sum over them crosses lanes; 2 is between, for sums both ways.
     """
-    return tl.max_contiguous(channels[None, :], [1, COUNT])
+    return tl.multiple_of(channels[None, :], [1, COUNT])
 
 
 @triton.jit
 def _step_size(delta, bias, at, valid, SOFTPLUS: tl.constexpr):
-    """The step sizes of a token's channels, and what softplus took."""
-    raw = tl.load(delta + at, mask=valid, other=0.0).to(tl.float32) + bias
-    dt = raw
+    """The step sizes of a token's channels."""
+    dt = tl.load(delta + at, mask=valid, other=0.0).to(tl.float32) + bias
     if SOFTPLUS:
-        dt = _softplus(raw)
-    return dt, raw
+        dt = _softplus(dt)
+    return dt
 
 
 @triton.jit
@@ -100,17 +99,16 @@ def _step(
     SOFTPLUS: tl.constexpr, ORDERED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """
-    What the recurrence takes at a step: its token, the places of the token's channels and whether they are there, the
-    step sizes, u, the decay and the row of B; last, what softplus took. Beyond the end (not ``live``) the state stays.
+    What the recurrence takes at a step: its token and the places of the token's channels, the step sizes, u, the decay
+    and the row of B. Beyond the end (not ``live``) the state stays.
     """
     token = _tokens(index, k, step, live, L, ORDERED, WIDE)
     at = token * d + channels
     mask = valid & live
-    dt, raw = _step_size(delta, shift, at, mask, SOFTPLUS)
-    dt = tl.where(live, dt, 0.0)
+    dt = tl.where(live, _step_size(delta, shift, at, mask, SOFTPLUS), 0.0)
     x = tl.load(u + at, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(B + token * row_b + s, mask=(s < n) & live, other=0.0).to(tl.float32)
-    return token, at, mask, dt, x, tl.exp2(a * dt[None, :]), b, raw
+    return token, at, dt, x, tl.exp2(a * dt[None, :]), b
 
 
 @triton.jit
@@ -134,7 +132,7 @@ def chunk_ends(
         state = tl.zeros((N, W), dtype=tl.float32)
         total = tl.zeros((W,), dtype=tl.float32)
         for step in range(first, tl.minimum(first + T, L)):
-            _, _, _, dt, x, decay, b, _ = _step(
+            _, _, dt, x, decay, b = _step(
                 u, delta, shift, a, B, index, k, step, True, channels, valid, s, L, d, n, g * b_columns,
                 SOFTPLUS, ORDERED, WIDE,
             )  # fmt: skip
@@ -197,7 +195,7 @@ def scan_apply(
         at_chunk = ((r * (chunks + 1) + chunk) * n + s)[:, None] * d
         state = tl.load(starts + at_chunk + _channels(channels, 1), mask=live, other=0.0)
         for step in range(first, tl.minimum(first + T, L)):
-            token, at, _, dt, x, decay, b, _ = _step(
+            token, at, dt, x, decay, b = _step(
                 u, delta, shift, a, B, index, k, step, True, channels, valid, s, L, d, n, g * b_columns,
                 SOFTPLUS, ORDERED, WIDE,
             )  # fmt: skip
@@ -250,7 +248,7 @@ def chunk_carries(
         for back in range(1, steps + 1):
             token = _tokens(index, k, first + steps - back, True, L, ORDERED, WIDE)
             at = token * d + channels
-            dt, _ = _step_size(delta + row, shift, at, valid, SOFTPLUS)
+            dt = _step_size(delta + row, shift, at, valid, SOFTPLUS)
             g_y = _output_gradient(dy + row_dy, z + row, at, valid, GATED)
             c = tl.load(C + token * (g * c_columns) + s, mask=s < n, other=0.0).to(tl.float32)
             carry = tl.exp2(a * dt[None, :]) * (carry + g_y[None, :] * c[:, None])
@@ -328,39 +326,45 @@ def scan_gradients(
             g_state = tl.load(gradients + at_chunk, mask=there, other=0.0)
             g_a = tl.zeros((N, W), dtype=tl.float32)
             g_skip = tl.zeros((W,), dtype=tl.float32)
-            pieces = (state,)
-            for following in tl.static_range(1, T // P):
+            pieces = ()
+            for _other in tl.static_range(T // P):
+                pieces = pieces + (state,)
+            for following in range(1, T // P):
                 for step in range(first + (following - 1) * P, tl.minimum(first + following * P, end)):
-                    _, _, _, dt, x, decay, b, _ = _step(
+                    _, _, dt, x, decay, b = _step(
                         u, delta, shift, a, B, index, k, step, True, channels, valid, s, L, d, n, g * b_columns,
                         SOFTPLUS, ORDERED, WIDE,
                     )  # fmt: skip
                     state = decay * state + (dt * x)[None, :] * b[:, None]
-                pieces = pieces + (state,)
+                kept = ()
+                for other in tl.static_range(T // P):
+                    kept = kept + (tl.where(following == other, state, pieces[other]),)
+                pieces = kept
             last = tl.cdiv(end - first, P) - 1
             for past in range(last + 1):
                 piece = last - past
                 state = pieces[0]
                 for other in tl.static_range(1, T // P):
                     state = tl.where(piece == other, pieces[other], state)
-                states = (state,)
+                states, dts, xs = (state,), (), ()
                 for i in tl.static_range(P):
                     step = first + piece * P + i
-                    _, _, _, dt, x, decay, b, _ = _step(
+                    _, _, dt, x, decay, b = _step(
                         u, delta, shift, a, B, index, k, step, step < end, channels, valid, s, L, d, n, g * b_columns,
                         SOFTPLUS, ORDERED, WIDE,
                     )  # fmt: skip
                     state = decay * state + (dt * x)[None, :] * b[:, None]
-                    states = states + (state,)
+                    states, dts, xs = states + (state,), dts + (dt,), xs + (x,)
                 for i in tl.static_range(P):
                     step = first + piece * P + P - 1 - i
                     live = step < end
-                    token, at, mask, dt, x, decay, b, raw = _step(
-                        u, delta, shift, a, B, index, k, step, live, channels, valid, s, L, d, n, g * b_columns,
-                        SOFTPLUS, ORDERED, WIDE,
-                    )  # fmt: skip
+                    token = _tokens(index, k, step, live, L, ORDERED, WIDE)
+                    at = token * d + channels
+                    mask, mask_s = valid & live, (s < n) & live
+                    dt, x = dts[P - 1 - i], xs[P - 1 - i]
+                    decay = tl.exp2(a * dt[None, :])
+                    b = tl.load(B + token * (g * b_columns) + s, mask=mask_s, other=0.0).to(tl.float32)
                     g_y = _output_gradient(dy + row_dy, z + row, at, mask, GATED)
-                    mask_s = (s < n) & live
                     c = tl.load(C + token * (g * c_columns) + s, mask=mask_s, other=0.0).to(tl.float32)
                     g_state += g_y[None, :] * c[:, None]
                     g_b = tl.sum(g_state * (dt * x)[None, :], axis=1)
@@ -384,7 +388,7 @@ def scan_gradients(
                     g_skip += g_y * x
                     g_dt = g_dt * LN2 + g_x * x
                     if SOFTPLUS:
-                        g_dt *= tl.sigmoid(raw)
+                        g_dt *= tl.sigmoid(tl.load(delta + at, mask=mask, other=0.0).to(tl.float32) + shift)
                     tl.store(ddelta + row + at, g_dt.to(ddelta.dtype.element_ty), mask=mask)
                     tl.store(du + row + at, (g_x * dt + skip * g_y).to(du.dtype.element_ty), mask=mask)
                     if GATED:
