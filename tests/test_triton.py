@@ -43,8 +43,8 @@ from scripts.selective_scan import triton_kernels
 
 FLOAT = "weight bias A2 D ends sums starts carries gradients total dB dC dD dweight dbias".split()
 WHOLE = "batch dy_rows R K L d g n chunks parts blocks taps elements b_columns c_columns".split()
-ONES = "batch g n chunks parts blocks dy_rows".split()
-CONSTANTS = {"T": 64, "N": 16, "P": 4, "n": 16, "b_columns": 40, "c_columns": 40}
+ONES = "batch R K L g n chunks parts blocks dy_rows taps elements".split()
+CONSTANTS = {"T": 64, "N": 16, "P": 4, "COUNT": 2, "n": 16, "b_columns": 40, "c_columns": 40}
 done, crossing = [], []
 for dtype in sys.argv[2:]:
     for name in triton_kernels.__all__:
@@ -67,7 +67,9 @@ for dtype in sys.argv[2:]:
                 signature[argument] = "*fp32" if argument in FLOAT else "*" + dtype
                 if argument in ("index", "inverse"):
                     signature[argument] = "*i32"
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+        aligned = [k for k, (name_, kind) in enumerate(signature.items()) if kind[0] == "*" or name_ == "d"]
+        attrs = {(k,): [["tt.divisibility", 16]] for k in aligned}  # as at a launch
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
         options = {"num_warps": 1} if walks else {}
         compiled = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options)
         assert compiled.asm["cubin"]
@@ -249,6 +251,22 @@ class TestOnAGPU:
         for name, e in expected.items():
             error = (actual[name].float() - e).abs().max() / e.abs().max()
             assert error <= self.TOLERANCE[dtype], f"{name}: {error:.1e}"
+
+    @pytest.mark.parametrize("gated", [False, True])
+    @pytest.mark.parametrize("length", [1, 17, 65])
+    @pytest.mark.parametrize("d, n, groups", [(40, 24, 2), (48, 3, 16), (6, 5, 2), (40, 40, 1), (260, 16, 1)])
+    def test_odd_shapes(self, d, n, groups, length, gated):
+        """Groups, more states than a program holds, numbers that fit no tile; one sequence, against the reference."""
+        draw = partial(torch.randn, generator=torch.Generator("cuda").manual_seed(0), device="cuda")
+        tensors = {"u": draw(1, length, d), "delta": draw(1, length, d) - 2, "A": -draw(d, n).abs(), "D": draw(d)}
+        tensors |= {"B": draw(1, length, groups, n), "C": draw(1, length, groups, n), "delta_bias": draw(d)}
+        tensors |= {"z": draw(1, length, d)} if gated else {}
+        poison()
+        actual = self.scan(selective_scan_channels_last, tensors, engine="triton")
+        expected = self.scan(selective_scan_channels_last, tensors, engine="reference")
+        for name, e in expected.items():
+            error = (actual[name] - e).abs().max() / e.abs().max().clamp(min=1e-30)
+            assert error <= self.TOLERANCE[torch.float32], f"{name}: {error:.1e}"
 
     @pytest.mark.parametrize("channels, size", [(48, (64, 64, 64)), (384, (8, 8, 8)), (20, (13, 5, 7))], ids=str)
     @pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])

@@ -25,11 +25,11 @@ __all__ = ["MIXER_MULTIPLE", "mixer", "scan"]
 
 MIXER_MULTIPLE = 1  # the fused mixer takes any width
 
-_STEPS, _CHANNELS = 64, 16  # of a tile of the convolution and of the scan's gradients
+_STEPS, _CHANNELS = 64, 16  # of a tile of the convolution; channels also of the scan's gradients
 _LANES, _STATES = 32, 16  # of a walk over a chunk: a channel for each lane of a warp, and states it keeps at a time
 _PIECE = 4  # steps whose states the backward keeps at a time
 _CHUNKS, _ELEMENTS = 128, 16  # at most, of a tile of the scan over chunks
-_PROGRAMS = 1024  # enough of them to fill a GPU
+_PROGRAMS = 4096  # of a warp, enough to fill a GPU
 _GATE = 1024  # elements of a program of the gate
 _TILE = {"T": _STEPS, "W": _CHANNELS}
 _LOG2E = math.log2(math.e)
@@ -52,7 +52,7 @@ def scan(
     the chunks again from the right states; softplus, bias, ``D u`` and the gate fused, states in float32. Arguments and
     returns as :py:func:`.reference.scan`.
 
-    A chunk is at most 64 tokens: where states grow (A > 0), they must not grow more than 2^127 times within one.
+    Where states grow (A > 0), they must not grow more than 2^127 times within 128 chunks, of at most 64 tokens each.
 
     Autograd keeps the inputs, and the chunks' first states: 4 * n * d / 64 bytes a token for up to 128 channels, twice
     as much for up to 256, then four times.
@@ -262,7 +262,8 @@ def _mixer_backward(
 
 @_mixer_backward.register_fake
 def _(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, index, inverse, packed, starts, total, dout):
-    return [torch.empty_like(x) for x in (xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)]
+    inputs = (xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
 
 
 def _setup_mixer(ctx, inputs, output):
@@ -299,7 +300,7 @@ class _Scan:
         widest = max(self.d, *(self.groups * columns for columns in self.columns))
         self.constants = {"SOFTPLUS": softplus, **_shape(index, self.length * widest), "T": steps}
         self.walk = {"n": self.n, "N": min(_STATES, triton.next_power_of_2(self.n)), "W": _LANES, "num_warps": 1}
-        self.chunk_tile = {"T": min(_CHUNKS, triton.next_power_of_2(self.chunks)), "W": _ELEMENTS}
+        self.tile_of_chunks = {"T": min(_CHUNKS, triton.next_power_of_2(self.chunks)), "W": _ELEMENTS}
         self.sizes = (self.length, self.d, self.groups)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -312,7 +313,7 @@ class _Scan:
             b_columns=self.columns[0], **self.constants, **self.walk,
         )  # fmt: skip
         kernels.chunk_starts[self._chunk_grid()](
-            A2, ends, sums, starts, self.batch, self.d, self.n, self.chunks, **self.chunk_tile
+            A2, ends, sums, starts, self.batch, self.d, self.n, self.chunks, **self.tile_of_chunks
         )
         del ends
         y = torch.empty_like(u)
@@ -339,7 +340,7 @@ class _Scan:
         )  # fmt: skip
         gradients = torch.empty_like(carries)
         kernels.chunk_gradients[self._chunk_grid()](
-            A2, carries, sums, gradients, self.batch, self.d, self.n, self.chunks, **self.chunk_tile
+            A2, carries, sums, gradients, self.batch, self.d, self.n, self.chunks, **self.tile_of_chunks
         )
         del carries
         du, ddelta = torch.empty_like(u), torch.empty_like(delta)
@@ -350,12 +351,12 @@ class _Scan:
         parts = -(-blocks // blocks_of_part)
         dB, dC = (torch.empty((parts, self.rows, self.length, self.groups, self.n), **like) for _ in range(2))
         dD = self._by_chunk(self.d)
-        total = torch.empty((3, *u.shape), **like) if self.n > _STATES else u
+        total = torch.empty((self.rows, 3, self.length, self.d), **like) if self.n > _STATES else u
         kernels.scan_gradients[(self.rows * self.chunks * self.groups * parts,)](
             u, delta, bias, A2, B, C, self.D, self.z, self.index, starts, dy, gradients, total, du, ddelta, dz, dB, dC,
             dD, self.batch, len(dy), self.rows, *self.sizes, self.chunks, parts, blocks_of_part,
-            b_columns=self.columns[0], c_columns=self.columns[1], GATED=self.gated, P=_PIECE, **self.constants,
-            **{**self.walk, "W": _CHANNELS},
+            b_columns=self.columns[0], c_columns=self.columns[1], GATED=self.gated, P=_PIECE,
+            COUNT=1 if self.d // self.groups % 2 else 2, **self.constants, **{**self.walk, "W": _CHANNELS},
         )  # fmt: skip
         K = len(A2)
         dA = gradients.view(K, -1, self.n, self.d).sum(1).transpose(1, 2).contiguous()

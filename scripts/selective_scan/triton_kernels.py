@@ -77,9 +77,9 @@ def _tokens(index, k, steps, live, L, ORDERED: tl.constexpr, WIDE: tl.constexpr)
 @triton.jit
 def _channels(channels, COUNT: tl.constexpr):
     """
-    The channels of a tile of states by channels, as if they began at a multiple of COUNT and no more. To load a tile
-    fast, Triton would give each lane four channels and few states. With 1, a lane has one channel and all states, and
-    no sum over them crosses lanes; 2 is between, for sums both ways.
+    The channels of a tile of states by channels, as if they began at a multiple of COUNT and no more (which they must).
+    To load a tile fast, Triton would give each lane four channels and few states. With 1, a lane has one channel and
+    all states, and no sum over them crosses lanes; 2 is between, for sums both ways.
     """
     return tl.multiple_of(channels[None, :], [1, COUNT])
 
@@ -204,7 +204,7 @@ def scan_apply(
             out = tl.sum(state * c[:, None], axis=0)
             if n > N:
                 out += tl.load(total + row + at, mask=valid & (some > 0), other=0.0)
-                tl.store(total + row + at, out, mask=valid)
+                tl.store(total + row + at, out, mask=valid)  # each lane for itself
             out += skip * x
             if GATED:
                 gate = tl.load(z + row + at, mask=valid, other=0.0).to(tl.float32)
@@ -283,12 +283,13 @@ def chunk_gradients(A2, carries, sums, gradients, batch, d, n, chunks, T: tl.con
         gradient = tl.sum(tl.where((row == T - 1)[:, None], carry, 0.0), axis=0)
 
 
-@triton.jit
+# Compiled once for all sizes but those that vectors of channels and states follow: it takes seconds.
+@triton.jit(do_not_specialize=["batch", "dy_rows", "R", "L", "chunks", "parts", "blocks"])
 def scan_gradients(
     u, delta, bias, A2, B, C, D, z, index, starts, dy, gradients, total, du, ddelta, dz, dB, dC, dD,
     batch, dy_rows, R, L, d, g, chunks, parts, blocks, n: tl.constexpr, b_columns: tl.constexpr,
     c_columns: tl.constexpr, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, ORDERED: tl.constexpr, WIDE: tl.constexpr,
-    T: tl.constexpr, P: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
+    T: tl.constexpr, P: tl.constexpr, COUNT: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """
     Third pass: du, ddelta, dz (R, L, d); sums over channels dB, dC (parts, R, L, g, n); each chunk's part of dD (R,
@@ -296,13 +297,14 @@ def scan_gradients(
     which its pieces of P steps begin; then, from the last piece to the first, each forward for its states and back for
     the gradients. No atomics: a program goes through the ``blocks`` channel blocks of its part one after the other. The
     grid is (R * chunks * g * parts,). Where there are more than N states, the sums over them are collected in ``total``
-    (3, R, L, d), float32.
+    (R, 3, L, d), float32.
     """
     program = tl.program_id(0)
     part, group = (program % parts).to(tl.int64), program // parts % g
     chunk, r = (program // (parts * g) % chunks).to(tl.int64), (program // (parts * g * chunks)).to(tl.int64)
     k = r // batch
-    row, row_dy, rows = r * L * d, r % dy_rows * L * d, R.to(tl.int64) * L * d
+    row, row_dy = r * L * d, r % dy_rows * L * d
+    sum_x, sum_dt, sum_out = total + 3 * r * L * d, total + (3 * r + 1) * L * d, total + (3 * r + 2) * L * d
     u += row
     delta += row
     B += (r * L * g + group) * b_columns
@@ -319,9 +321,9 @@ def scan_gradients(
         for some in range(0, n, N):
             s = some + tl.arange(0, N)
             there = (s < n)[:, None] & valid[None, :]
-            a = tl.load(A2 + (k * n + s)[:, None] * d + _channels(channels, 2), mask=there, other=0.0)
-            at_start = ((r * (chunks + 1) + chunk) * n + s)[:, None] * d + _channels(channels, 2)
-            at_chunk = ((r * chunks + chunk) * n + s)[:, None] * d + _channels(channels, 2)
+            a = tl.load(A2 + (k * n + s)[:, None] * d + _channels(channels, COUNT), mask=there, other=0.0)
+            at_start = ((r * (chunks + 1) + chunk) * n + s)[:, None] * d + _channels(channels, COUNT)
+            at_chunk = ((r * chunks + chunk) * n + s)[:, None] * d + _channels(channels, COUNT)
             state = tl.load(starts + at_start, mask=there, other=0.0)
             g_state = tl.load(gradients + at_chunk, mask=there, other=0.0)
             g_a = tl.zeros((N, W), dtype=tl.float32)
@@ -381,10 +383,10 @@ def scan_gradients(
                     g_state *= decay
                     if n > N:
                         more = mask & (some > 0)
-                        g_x += tl.load(total + row + at, mask=more, other=0.0)
-                        g_dt += tl.load(total + rows + row + at, mask=more, other=0.0)
-                        tl.store(total + row + at, g_x, mask=mask)
-                        tl.store(total + rows + row + at, g_dt, mask=mask)
+                        g_x += tl.load(sum_x + at, mask=more, other=0.0)
+                        g_dt += tl.load(sum_dt + at, mask=more, other=0.0)
+                        tl.store(sum_x + at, g_x, mask=mask)
+                        tl.store(sum_dt + at, g_dt, mask=mask)
                     g_skip += g_y * x
                     g_dt = g_dt * LN2 + g_x * x
                     if SOFTPLUS:
@@ -394,8 +396,8 @@ def scan_gradients(
                     if GATED:
                         out = tl.sum(states[P - i] * c[:, None], axis=0)
                         if n > N:
-                            out += tl.load(total + 2 * rows + row + at, mask=mask & (some > 0), other=0.0)
-                            tl.store(total + 2 * rows + row + at, out, mask=mask)
+                            out += tl.load(sum_out + at, mask=mask & (some > 0), other=0.0)
+                            tl.store(sum_out + at, out, mask=mask)
                         out += skip * x
                         gate = tl.load(z + row + at, mask=mask, other=0.0).to(tl.float32)
                         slope = tl.sigmoid(gate)
@@ -404,7 +406,7 @@ def scan_gradients(
                         tl.store(dz + row + at, (g_out * out * slope).to(dz.dtype.element_ty), mask=mask)
             tl.store(gradients + at_chunk, g_a, mask=there)
             tl.store(dD + (r * chunks + chunk) * d + channels, g_skip, mask=valid)
-        tl.debug_barrier()  # the next block adds to what this one has written
+            tl.debug_barrier()  # the next states and the next block add to what these have written
 
 
 @triton.jit
@@ -491,7 +493,8 @@ def conv_backward_input(
     token = chunk * T + tl.arange(0, T)
     live = token < L
     x = tl.zeros((T, W), dtype=tl.float32)
-    for k in range(K):
+    for order in range(K):
+        k = b * 0 + order  # 64 bits wide
         step = token
         if ORDERED:
             step = tl.load(inverse + k * L + token, mask=live, other=0).to(tl.int64)
