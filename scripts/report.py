@@ -227,7 +227,8 @@ def report(
 ) -> None:
     """
     Compare evaluations: comparison.md and comparison.csv with a row for each, comparison.png with box plots, and, of
-    the runner's results, runs.md with what each seed of an arm reached, and learning_curves.png.
+    the runner's results, on the folds that all have, runs.md with what each seed of an arm reached, and
+    learning_curves.png.
 
     Args:
         results: folders, see :py:func:`read_evaluations`.
@@ -262,6 +263,8 @@ def report(
     save_figure(comparison.box_plots(), output / "comparison.png")
     runs = {arm: [run for folder in results for run in _runs(folder) if run["arm"] == arm] for arm in found}
     if all(runs.values()):
+        shared = set.intersection(*({run["fold"] for run in mine} for mine in runs.values()))
+        runs = {arm: [run for run in mine if run["fold"] in shared] for arm, mine in runs.items()}
         write_text(output / "runs.md", _runs_table(runs))
         save_figure(_draw_curves(runs), output / "learning_curves.png")
     print(table)

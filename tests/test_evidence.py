@@ -24,6 +24,16 @@ from tests.conftest import BUNDLE_ROOT
 
 EVIDENCE = BUNDLE_ROOT / "docs" / "evidence"
 RESULTS = sorted(EVIDENCE.glob("*/*-fold*-seed*.json"))
+REPORTS = {  # results, reference, arms
+    "screening_report": (["screening"], "base", ()),
+    "confirmation_report": (["confirmation"], "segresmamba", ("segresmamba", "segresnet")),
+    "without_tom_report": (["confirmation"], "segresmamba", ("segresmamba", "without_tom")),
+    "longer_report": (
+        ["confirmation", "longer"],
+        "segresmamba",
+        ("segresmamba", "segresnet", "longer", "longer_flipping", "longer_larger_window"),
+    ),
+}
 
 
 def test_the_page_shows_what_the_results_say(tmp_path):
@@ -31,14 +41,20 @@ def test_the_page_shows_what_the_results_say(tmp_path):
     docs = tmp_path / "docs"
     shutil.copytree(EVIDENCE, docs / "evidence")
     shutil.copy(BUNDLE_ROOT / "docs" / "evidence.md", docs)
-    for part, reference in (("screening", "base"), ("confirmation", "segresmamba")):
-        made = docs / "evidence" / f"{part}_report"
+    text = (BUNDLE_ROOT / "docs" / "evidence.md").read_text()
+    for name, (parts, reference, arms) in REPORTS.items():
+        made = docs / "evidence" / name
         shutil.rmtree(made)
-        report(str(docs / "evidence" / part), output_dir=str(made), reference=reference)
-        for name in ("comparison.md", "comparison.csv", "runs.md"):
-            assert (made / name).read_text() == (EVIDENCE / made.name / name).read_text(), name
+        sources = [str(docs / "evidence" / part) for part in parts]
+        report(*sources, output_dir=str(made), reference=reference, arms=arms)
+        for file in ("comparison.md", "comparison.csv", "runs.md"):
+            assert (made / file).read_text() == (EVIDENCE / name / file).read_text(), (name, file)
+        command = ["docs/evidence/" + part for part in parts] + ["--reference", reference]
+        command += ["--arms", ",".join(arms)] if arms else []
+        asked = " ".join([*command, "--output_dir", f"docs/evidence/{name}"])
+        assert asked in " ".join(text.replace("\\\n", " ").split())
     page(str(docs / "evidence.md"))
-    assert (docs / "evidence.md").read_text() == (BUNDLE_ROOT / "docs" / "evidence.md").read_text()
+    assert (docs / "evidence.md").read_text() == text
 
 
 @pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)

@@ -115,9 +115,10 @@ def test_a_cross_validation_is_read_and_only_common_cases_count(tmp_path, evalua
 
 
 def test_results_of_the_runner(tmp_path):
-    """Seeds are averaged case by case, and the learning curves are drawn."""
+    """Seeds are averaged case by case, and the learning curves are drawn; a fold that one arm lacks does not count."""
     for arm, seed, dice in (("base", 0, 0.8), ("base", 1, 0.9), ("other", 0, 0.7)):
         result(tmp_path, arm, 0, seed, CASES, [dice] * len(CASES))
+    result(tmp_path, "base", 1, 0, ["of_another_fold"], [0.1])
     found = read_evaluations(tmp_path)
     assert found["base"]["val_mean_dice"][CASES[0]]["liver"] == pytest.approx(0.85)
     report(str(tmp_path), output_dir=str(tmp_path / "out"), arms=["other", "base"])
