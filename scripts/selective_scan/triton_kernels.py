@@ -11,7 +11,7 @@
 """
 The kernels of the ``triton`` engine. In the scan, a program is one warp that walks a chunk of T steps, step by step,
 for W channels, with N states of each in registers: parallel over chunks, channels and states, the recurrence needs no
-scan across lanes, which would take longer than the exponentials. In the convolution it holds a tile of T steps by W
+scan across lanes, whose shuffles would outnumber the exponentials. In the convolution it holds a tile of T steps by W
 channels.
 
 Names: R rows (order x batch), L tokens, d channels, g groups of B and C, n states, K orders, taps of a convolution.
