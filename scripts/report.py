@@ -262,9 +262,9 @@ def report(
     write_text(output / "comparison.csv", _csv(comparison.rows))
     save_figure(comparison.box_plots(), output / "comparison.png")
     runs = {arm: [run for folder in results for run in _runs(folder) if run["arm"] == arm] for arm in found}
+    shared = set.intersection(*({run["fold"] for run in mine} for mine in runs.values()))
+    runs = {arm: [run for run in mine if run["fold"] in shared] for arm, mine in runs.items()}
     if all(runs.values()):
-        shared = set.intersection(*({run["fold"] for run in mine} for mine in runs.values()))
-        runs = {arm: [run for run in mine if run["fold"] in shared] for arm, mine in runs.items()}
         write_text(output / "runs.md", _runs_table(runs))
         save_figure(_draw_curves(runs), output / "learning_curves.png")
     print(table)

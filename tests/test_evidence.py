@@ -151,3 +151,18 @@ def test_the_costs_in_the_text_are_those_measured():
         seconds = {row["network"]: row["training"]["median"] for row in rows if row["setup"] == name}
         others = [seconds[n] / seconds["segresmamba_text"] for n in ("segresmamba_without_tom", "segresnet")]
         assert f"| {label} | {others[0]:.2f} | {others[1]:.2f} |" in text
+
+
+def test_what_the_text_says_of_the_later_runs():
+    text = " ".join((BUNDLE_ROOT / "docs" / "evidence.md").read_text().split())
+    folds = sorted(file.stem.split("-")[1] for file in RESULTS if file.match("confirmation/without_tom-*"))
+    assert folds == ["fold1", "fold2", "fold3"] and "folds 1, 2 and 3 are done, on which nothing was chosen" in text
+    runs = {file.stem: json.loads(file.read_text()) for file in RESULTS if file.parent.name == "longer"}
+    curve = {int(row["epoch"]): row for row in runs["longer-fold0-seed0"]["curve"]}
+    losses = [float(curve[epoch]["train_mean_loss"]) for epoch in (60, 120)]
+    assert f"level from epoch 60 on, while the loss of the training falls from {losses[0]:.3f} to {losses[1]:.3f}" in text
+    assert max(float(curve[epoch]["val_mean_dice"]) for epoch in (80, 100, 120)) <= float(curve[60]["val_mean_dice"])
+    plain, flipped = (
+        runs[f"{arm}-fold0-seed0"]["summary"]["val_mean_dice"]["mean"]["mean"] for arm in ("longer", "longer_flipping")
+    )
+    assert f"Test-time flipping adds about {flipped - plain:.3f}" in text

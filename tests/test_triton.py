@@ -59,7 +59,7 @@ for dtype in sys.argv[2:]:
                 constants[argument] = {"W": width, **CONSTANTS}.get(argument, constants[argument])
                 if argument == "n" and dtype == "fp32":
                     constants[argument] = 40  # more states than a program holds
-            elif argument in ONES and dtype == "fp32":  # what Triton makes of a 1 at a launch
+            elif (argument in ONES and dtype == "fp32") or (argument == "g" and dtype == "bf16"):  # as Triton a 1
                 signature[argument], constants[argument] = "constexpr", 1
             elif argument in WHOLE:
                 signature[argument] = "i64" if dtype == "fp16" and argument in ("L", "elements") else "i32"
