@@ -267,7 +267,7 @@ class TestAgainstReference:
 
     @pytest.mark.parametrize("engine", FAST)
     def test_256_states(self, engine):
-        check(engine, arguments(1, 4, 256, 70, with_z=False), delta_softplus=True)
+        check(engine, arguments(1, 4, 256, 70), delta_softplus=True)
 
     @pytest.mark.parametrize("engine", FAST)
     @pytest.mark.parametrize("with_D", [False, True])
