@@ -160,7 +160,9 @@ def test_what_the_text_says_of_the_later_runs():
     runs = {file.stem: json.loads(file.read_text()) for file in RESULTS if file.parent.name == "longer"}
     curve = {int(row["epoch"]): row for row in runs["longer-fold0-seed0"]["curve"]}
     losses = [float(curve[epoch]["train_mean_loss"]) for epoch in (60, 120)]
-    assert f"level from epoch 60 on, while the loss of the training falls from {losses[0]:.3f} to {losses[1]:.3f}" in text
+    assert (
+        f"level from epoch 60 on, while the loss of the training falls from {losses[0]:.3f} to {losses[1]:.3f}" in text
+    )
     assert max(float(curve[epoch]["val_mean_dice"]) for epoch in (80, 100, 120)) <= float(curve[60]["val_mean_dice"])
     plain, flipped = (
         runs[f"{arm}-fold0-seed0"]["summary"]["val_mean_dice"]["mean"]["mean"] for arm in ("longer", "longer_flipping")
