@@ -59,11 +59,14 @@ TINY = {
 
 @pytest.fixture(scope="session", autouse=True)
 def fast_interpreter():
-    """Triton's interpreter goes through a scan element by element; here it doubles the stretches scanned."""
+    """
+    Triton's interpreter goes through a scan element by element: here it doubles the stretches scanned. And it makes the
+    language its own again whenever a function calls another: here once for each file of functions.
+    """
     if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         yield
         return
-    from triton.runtime.interpreter import ScanOps
+    from triton.runtime import interpreter
 
     def generic_scan(self, values: list) -> list:
         results = [np.moveaxis(value.handle.data, self.axis, 0).copy() for value in values]
@@ -77,8 +80,17 @@ def fast_interpreter():
             shift *= 2
         return [self.to_tensor(np.moveaxis(r, 0, self.axis).copy(), v.dtype) for r, v in zip(results, values)]
 
+    files = set()
+
+    def call(self, *args, **kwargs):
+        if self.fn.__globals__["__name__"] not in files:
+            files.add(self.fn.__globals__["__name__"])
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ScanOps, "generic_scan", generic_scan)
+        patch.setattr(interpreter.ScanOps, "generic_scan", generic_scan)
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
         yield
 
 
