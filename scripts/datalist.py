@@ -38,7 +38,7 @@ __all__ = ["check_dataset", "dataset_channels", "dataset_classes", "load_datalis
 _SUBSETS = ("training", "validation", "all", "test")
 _LAYOUT = (
     "expected the Medical Segmentation Decathlon's layout: a folder with dataset.json, imagesTr and labelsTr "
-    "(and imagesTs for test cases)"
+    "(and imagesTs for test cases); python -m scripts.download fetches the Decathlon's own tasks"
 )
 
 

@@ -67,7 +67,7 @@ class ClassMetricsSaver(MetricsSaver):
         super().__init__(
             save_dir, metric_details=metric_details, batch_transform=batch_transform, summary_ops=summary_ops
         )
-        self.class_names = [name.replace(",", " ") for name in class_names]  # MONAI's CSV files are not quoted
+        self.class_names = [_unquoted(name) for name in class_names]
         self.logger = logging.getLogger(__name__)
 
     def attach(self, engine: Engine) -> None:
@@ -84,6 +84,7 @@ class ClassMetricsSaver(MetricsSaver):
             engine: the evaluator.
         """
         cases = string_list_all_gather(self._filenames) if idist.get_world_size() > 1 else self._filenames
+        cases = [_unquoted(case) for case in cases]
         if idist.get_rank() != self.save_rank:
             return
         details = {
@@ -109,6 +110,11 @@ class ClassMetricsSaver(MetricsSaver):
         self.logger.info(
             f"{len(cases)} cases, mean +- standard deviation:\n{summary_table(summary)}\nWritten to {path}."
         )
+
+
+def _unquoted(name: str) -> str:
+    """For MONAI's CSV files, which put nothing in quotes."""
+    return name.replace(",", " ")
 
 
 def read_cases(folder: str | os.PathLike) -> dict[str, dict[str, dict[str, float]]]:

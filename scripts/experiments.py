@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import subprocess
@@ -159,7 +160,7 @@ def run_all(
     Raises:
         ChildProcessError: When a training or an evaluation fails.
         FileNotFoundError: When the weights of another run that a run evaluates are not there.
-        ValueError: When a run's folder or result is that of another run with the same name.
+        ValueError: When a run's folder or result is that of another run with the same name, other data or overlays.
     """
     begin, failed = time.monotonic(), threading.Event()
     threads = max(1, (os.cpu_count() or 1) // parallel) if parallel > 1 else None
@@ -168,11 +169,15 @@ def run_all(
         training = run.weights_of or run
         for file, settings in (
             (Path(results_dir) / f"{run.name}.json", run.settings),
-            (Path(output_dir) / training.name / "settings.json", training.settings),
+            (Path(output_dir) / training.name / "settings.json", _identity(training, dataset_dir)),
         ):
-            before = json.loads(file.read_text()) if file.is_file() else settings
-            if any(before.get(key) != settings.get(key) for key in ("configs", "overrides", "weights_of")):
-                raise ValueError(f"{file} is of a run with other settings: give other folders, or remove it.")
+            settings = {"weights_of": None, **settings}
+            before = {"weights_of": None, **json.loads(file.read_text())} if file.is_file() else settings
+            unlike = [key for key in settings if before.get(key, settings[key]) != settings[key]]
+            if unlike:
+                raise ValueError(
+                    f"{file} is of a run with other settings ({', '.join(unlike)}): give other folders, or remove it."
+                )
 
     def work(k: int) -> None:
         try:
@@ -244,11 +249,21 @@ def evaluate(
     _bundle(run, dataset_dir, folder, name, ["configs/evaluate.json"], places, threads)
 
 
+def _identity(run: Run, dataset_dir: str) -> dict[str, Any]:
+    """What a training must not change in when it goes on: its settings, its data, what its overlays say."""
+    overlays = json.dumps([ConfigParser.load_config_file(file) for file in run.configs], sort_keys=True, default=str)
+    return {
+        **run.settings,
+        "dataset_dir": os.path.realpath(os.path.expanduser(dataset_dir)),
+        "overlays_sha256": hashlib.sha256(overlays.encode()).hexdigest(),
+    }
+
+
 def _train(run: Run, dataset_dir: str, folder: Path, threads: int | None) -> None:
     """Train, or go on."""
     if (folder / "trained").is_file():
         return
-    write_text(folder / "settings.json", json.dumps(run.settings, indent=1) + "\n")
+    write_text(folder / "settings.json", json.dumps(_identity(run, dataset_dir), indent=1) + "\n")
     more = {"resume": True} if (folder / "models" / "last.pt").is_file() else {}
     train, evaluation = (ConfigParser.load_config_file(f"configs/{name}.json") for name in ("train", "evaluate"))
     own = evaluation.keys() - train.keys()

@@ -17,10 +17,14 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-__all__ = ["LAYOUTS", "layout_cases"]
+__all__ = ["LAYOUTS", "NoCasesError", "layout_cases"]
 
 _BRATS21_CHANNELS = ("flair", "t1", "t1ce", "t2")  # in the order of the Decathlon's brain tumours
 _SUFFIXES = (".nii.gz", ".nii")
+
+
+class NoCasesError(FileNotFoundError):
+    """A folder holds no case of a layout, as opposed to one of which a file is missing."""
 
 
 def layout_cases(dataset_dir: str | os.PathLike, layout: str, labelled: bool = True) -> list[dict]:
@@ -44,7 +48,8 @@ def layout_cases(dataset_dir: str | os.PathLike, layout: str, labelled: bool = T
         name of the "case", and the "group" whose cases belong to the same fold; sorted by case.
 
     Raises:
-        FileNotFoundError: When the folder does not exist or holds no such case, or a file of a case is missing.
+        NoCasesError: When the folder holds no such case.
+        FileNotFoundError: When the folder does not exist, or a file of a case is missing.
         ValueError: When the layout is unknown.
     """
     if layout not in LAYOUTS:
@@ -56,7 +61,7 @@ def layout_cases(dataset_dir: str | os.PathLike, layout: str, labelled: bool = T
     cases = sorted(read(folder), key=lambda item: item["case"])
     chosen = [item for item in cases if ("label" in item and not item["test"]) == labelled]
     if not chosen:
-        raise FileNotFoundError(f"{folder} holds no case {'with a label' if labelled else 'to test on'}; {expected}")
+        raise NoCasesError(f"{folder} holds no case {'with a label' if labelled else 'to test on'}; {expected}")
     names = [item["case"] for item in chosen]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:

@@ -161,7 +161,7 @@ def task_overlay(found: Statistics, dataset_dir: str | os.PathLike, memory_gb: f
     lines = [
         f"# Planned by scripts.plan from {found.cases} cases for {memory_gb:g} GB. Each choice may be changed.",
         f"dataset_dir: {json.dumps(str(Path(dataset_dir).expanduser().resolve()))}",
-        f"num_folds: {num_folds}",
+        f"num_folds: {num_folds}  # five, or one for each case; fold 0 is held out to validate on",
         f"class_names: {json.dumps(list(found.class_names))}  # of dataset.json, here for images without one",
         f"in_channels: {len(found.channels)}  # {', '.join(found.channels)}",
         *_intensity_lines(found),
@@ -175,7 +175,7 @@ def task_overlay(found: Statistics, dataset_dir: str | os.PathLike, memory_gb: f
         f"batch_size: {batch}  # a step takes about {need:.1f} GB by docs/benchmarks/memory.json (float32, CPU)",
         f"max_epochs: {epochs}  # {_STEPS:,} steps with one fold held out, as many as the paper's on BTCV",
         f"val_interval: {interval}  # epochs, some 50 validations",
-        f"save_interval: {interval}",
+        f"save_interval: {interval}  # epochs, a checkpoint to go on from beside each validation",
         f"cache_rate: {_cache_rate(found, spacing)}  # share of the images that half of the memory now free here holds",
         *_meta_lines(found, Path(dataset_dir).expanduser().resolve().name),
     ]

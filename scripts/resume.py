@@ -151,7 +151,7 @@ class TrainingCheckpoint:
 
         Raises:
             FileNotFoundError: When there is no file.
-            ValueError: When the file belongs to a training with other settings.
+            ValueError: When the file is no checkpoint of a training, or belongs to one with other settings.
         """
         found = os.path.isfile(self.path)
         if not self.resume:
@@ -160,7 +160,7 @@ class TrainingCheckpoint:
             return
         if not found:
             raise FileNotFoundError(f"There is no training to resume: {self.path} does not exist.")
-        checkpoint = torch.load(self.path, map_location=self.map_location, weights_only=True)
+        checkpoint = self._read()
         now = {**engine.state_dict(), **self.plan}
         then = {**checkpoint["trainer"], **checkpoint["plan"]}
         differing = [key for key in now if key != "iteration" and now[key] != then.get(key)]
@@ -174,6 +174,19 @@ class TrainingCheckpoint:
             self.validator.state.best_metric = checkpoint["validation"]["best_metric"]
             self.validator.state.best_metric_epoch = checkpoint["validation"]["best_metric_epoch"]
         self.logger.info(f"Resumed from {self.path}: {engine.state.epoch} of {engine.state.max_epochs} epochs done.")
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            checkpoint = torch.load(self.path, map_location=self.map_location, weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{self.path} holds no checkpoint that can be read: {error}") from error
+        needed = {*self.save_dict, "trainer", "scaler", "plan"}
+        if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+            raise ValueError(
+                f"{self.path} is no checkpoint of such a training, with {', '.join(sorted(needed))}: train anew, "
+                "without --resume. Weights alone are given with --pretrained."
+            )
+        return checkpoint
 
     def epoch_completed(self, engine: Engine) -> None:
         """

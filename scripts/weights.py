@@ -70,8 +70,9 @@ def _check_large_file(checkpoint: str | os.PathLike, large_files: str | os.PathL
         )
     if listed is not None and not check_hash(checkpoint, listed["hash_val"], listed["hash_type"]):
         raise ValueError(
-            f"{checkpoint} is not the file that {large_files} describes (its hash differs): it is damaged or another "
-            "one. Remove it and fetch it again, or give --checkpoint weights of your own."
+            f"{checkpoint} is not the file that {large_files} describes (its hash differs): it is damaged, or a "
+            "training has written its own there. Move those to another folder, give it as --ckpt_dir, and fetch the file "
+            "again."
         )
 
 
@@ -97,9 +98,13 @@ def load_pretrained(
     if not loaded:
         raise ValueError(f"{checkpoint} holds no weights that fit this network: is it another architecture or width?")
     left = sorted(weights.keys() - set(loaded))
-    logging.getLogger(__name__).info(
-        f"Fine-tuning from {checkpoint}: {len(loaded)} of {len(loaded) + len(fresh)} tensors loaded; "
-        f"not in the file with this shape: {', '.join(fresh) or 'none'}; left in the file: {', '.join(left) or 'none'}."
+    few = len(loaded) < len(fresh)
+    logging.getLogger(__name__).log(
+        logging.WARNING if few else logging.INFO,
+        f"Fine-tuning from {checkpoint}: {len(loaded)} of {len(loaded) + len(fresh)} tensors loaded"
+        f"{', and most of the network starts from scratch: give the channels and depths of that training' * few}; "
+        f"not in the file with this shape: {', '.join(fresh) or 'none'}; "
+        f"left in the file: {', '.join(left) or 'none'}.",
     )
 
 

@@ -477,6 +477,7 @@ def test_metadata():
     meta = json.loads((CONFIGS / "metadata.json").read_text())
     assert meta["version"] in meta["changelog"]
     assert "optional_packages_version" not in meta
+    assert "CC-BY-SA 4.0" in meta["data_license"] and "Limits: " in meta["intended_use"]
     requirements = (CONFIGS.parent / "requirements.txt").read_text()
     pins = dict(re.findall(r"^([\w-]+)==([\w.]+)", requirements, flags=re.MULTILINE))
     assert (meta["monai_version"], meta["pytorch_version"]) == (pins["monai"], pins["torch"])

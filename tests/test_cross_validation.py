@@ -39,7 +39,8 @@ def test_cross_validation_goes_on_where_it_stopped(phantom_dir, tmp_path, workfl
     names = sorted(file.name.removesuffix(".nii.gz") for file in (phantom_dir / "imagesTr").iterdir())
     settings = {key: value for key, value in TINY.items() if key not in ("num_folds", "max_epochs")}
     settings |= {"max_epochs": 1, "test_cases": names[-2:]}
-    given = {"config_file": ["configs/tasks/phantom.yaml"], "num_folds": 2, "parallel": 2, **settings}
+    (tmp_path / "folds.yaml").write_text("num_folds: 2\n")
+    given = {"config_file": ["configs/tasks/phantom.yaml", str(tmp_path / "folds.yaml")], "parallel": 2, **settings}
     monkeypatch.chdir(BUNDLE_ROOT)
     cross_validation(str(phantom_dir), str(tmp_path / "cv"), **given)
     summary = json.loads((tmp_path / "cv" / "summary.json").read_text())
@@ -64,6 +65,12 @@ def test_cross_validation_goes_on_where_it_stopped(phantom_dir, tmp_path, workfl
     assert capfd.readouterr().out.count("done before") == 2
     assert [file.stat().st_mtime_ns for file in kept] == written
     assert json.loads((tmp_path / "cv" / "summary.json").read_text()) == summary
-    for other, message in (("seed", "of another cross-validation"), ("weight_decay", "with other settings")):
+    for other, message in (
+        ({"seed": 1}, "of another cross-validation"),
+        ({"weight_decay": 1}, "with other settings"),
+        ({"weights": "last.pt"}, "with other settings"),
+        ({"weights": "best.pt"}, "must be model.pt or last.pt"),
+        ({"checkpoint": "models/model.pt"}, "each fold has its own"),
+    ):
         with pytest.raises(ValueError, match=message):
-            cross_validation(str(phantom_dir), str(tmp_path / "cv"), **{**given, other: 1})
+            cross_validation(str(phantom_dir), str(tmp_path / "cv"), **{**given, **other})

@@ -86,6 +86,15 @@ def test_runs_are_done_once_and_go_on_where_they_stopped(phantom_dir, tmp_path, 
     assert checkpoint.stat().st_mtime_ns == trained  # evaluated again, not trained again
     assert all((folders["results"] / name).stat().st_mtime_ns == time for name, time in before.items())
 
+    changed = folders["runs"] / "plain-fold2-seed0" / "settings.json"
+    kept = json.loads(changed.read_text())
+    with pytest.raises(ValueError, match="settings.json is of a run with other settings .dataset_dir.:"):
+        experiments(str(plan), str(tmp_path), *places[1:])
+    changed.write_text(json.dumps({**kept, "overlays_sha256": "that of the overlay before it was edited"}))
+    with pytest.raises(ValueError, match="settings.json is of a run with other settings .overlays_sha256.:"):
+        experiments(str(plan), *places)
+    changed.write_text(json.dumps(kept))
+
     plan.write_text(json.dumps({**PLAN, "folds": [2], "overrides": {**PLAN["overrides"], "learning_rate": 0.1}}))
     with pytest.raises(ValueError, match="plain-fold2-seed0.json is of a run with other settings"):
         experiments(str(plan), *places)

@@ -119,6 +119,8 @@ def test_metadata_of_every_task(task):
     assert list(image["channel_def"]) == [str(k) for k in range(image["num_channels"])]
     assert list(pred["channel_def"]) == [str(k) for k in range(pred["num_channels"])]
     assert meta["data_source"] != "not stated" and (task.stem == "phantom" or image["modality"] in ("CT", "MR"))
+    assert meta["data_license"] == own.get("data_license", "not stated")
+    assert "Limits" not in meta["intended_use"]  # which are those of the hippocampus weights
     if task.stem == "brats21":  # regions out, label values as the data set has them
         assert list(pred["channel_def"].values()) == ["tumour core", "whole tumour", "enhancing tumour"]
         assert meta["label_classes"].endswith("0 background, 1 necrotic core, 2 oedema, 4 enhancing tumour")

@@ -111,6 +111,21 @@ def test_resume_without_checkpoint_is_an_error(settings, workflow, tmp_path):
     assert "no training to resume" in str(error.value.__cause__) and str(tmp_path) in str(error.value.__cause__)
 
 
+@pytest.mark.parametrize(
+    "content", [b"no archive", {"conv.weight": torch.ones(2)}, [1, 2]], ids=["bytes", "weights", "list"]
+)
+def test_a_file_that_is_no_checkpoint_is_an_error(content, settings, workflow, tmp_path):
+    if isinstance(content, bytes):
+        (tmp_path / "last.pt").write_bytes(content)
+    else:
+        torch.save(content, tmp_path / "last.pt")
+    places = {"resume": True, "ckpt_dir": str(tmp_path), "output_dir": str(tmp_path), "cache_rate": 0.0}
+    with pytest.raises(RuntimeError) as error:
+        workflow(["train", "tasks/phantom.yaml"], **{**settings, **places}).run()
+    assert isinstance(error.value.__cause__, ValueError)
+    assert "last.pt" in str(error.value.__cause__) and "no checkpoint" in str(error.value.__cause__)
+
+
 def test_failed_writing_leaves_the_old_checkpoint(tmp_path):
     from scripts.resume import TrainingCheckpoint
 

@@ -125,6 +125,10 @@ def test_images_to_segment(trees, tmp_path):
     assert len(image_list(trees["acdc"], "acdc")) == 2  # testing
     shutil.copy(trees["btcv"] / "RawData" / "Testing" / "img" / "img0061.nii.gz", tmp_path / "scan.nii.gz")
     assert len(image_list(tmp_path, "btcv")) == 1  # a plain folder
+    shutil.copytree(trees["brats21"] / "BraTS2021_00001", tmp_path / "BraTS2021_00001")
+    (tmp_path / "BraTS2021_00001" / "BraTS2021_00001_t1ce.nii.gz").unlink()
+    with pytest.raises(FileNotFoundError, match="lacks BraTS2021_00001_t1ce"):  # and no four volumes of one channel
+        image_list(tmp_path / "BraTS2021_00001", "brats21")
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
@@ -211,4 +215,34 @@ def test_the_papers_recipes(trees, workflow):
         assert sum(p.numel() for p in parser.get_parsed_content("network_def").parameters()) > 80e6
         steps = parser.get_parsed_content("max_epochs") * len(parser.get_parsed_content("train#dataloader"))
         if task == "btcv":
+            assert (
+                steps / len(parser.get_parsed_content("train#dataloader")) / parser.get_parsed_content("val_interval")
+                < 60
+            )
             assert 25000 <= steps < 25000 + len(parser.get_parsed_content("train#dataloader"))
+
+
+@pytest.mark.parametrize(
+    ("task", "spacing", "crop", "batch"),
+    [
+        ("brain_tumour", [1, 1, 1], [128, 128, 128], 2),
+        ("synapse", [3, 0.76, 0.76], [48, 192, 192], 2),
+        ("acdc", [6.35, 1.52, 1.52], [14, 256, 224], 4),
+    ],
+)
+def test_the_set_ups_of_taming_mambas(task, spacing, crop, batch, trees, workflow):
+    """Table 1 and section 3.3. The axes are those of a NIfTI file from the last to the first: slice, row, column."""
+    settings = {"dataset_dir": str(trees[task]), "device": "cpu", "cache_rate": 0.0, "num_folds": 2}
+    parser = workflow(["train", f"tasks/{task}.yaml"], **settings).parser
+    assert (parser["spacing"], parser["patch_size"], parser["batch_size"]) == (spacing, crop, batch)
+    optimizer, scheduler = (parser.get_parsed_content(key) for key in ("optimizer", "lr_scheduler"))
+    assert type(optimizer) is torch.optim.RAdam and optimizer.defaults["lr"] == 3e-4
+    assert type(scheduler) is torch.optim.lr_scheduler.LinearLR and parser.get_parsed_content("max_epochs") == 300
+    assert scheduler.total_iters == 300 * len(parser.get_parsed_content("train#dataloader"))
+    if task != "brain_tumour":
+        case = load_datalist(trees[task], "all", layout=parser["layout"])[0]
+        image = parser.get_parsed_content("validate#preprocessing")(case)["image"]
+        file = nib.load(case["image"])
+        size = np.array(file.shape) * file.header.get_zooms()  # mm, of an image in RAS
+        assert np.all(np.abs(np.array(image.shape[1:]) * spacing - size[::-1]) < np.array(spacing) * 2)
+        assert [nib.aff2axcodes(image.affine.numpy())[axis] for axis in parser["mirror_axes"]] == ["R"]

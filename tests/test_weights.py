@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from scripts.weights import check_weights, shippable
+from scripts.weights import check_weights, load_pretrained, shippable
 
 
 @pytest.fixture
@@ -48,6 +48,19 @@ def test_a_missing_large_file_says_where_it_is(bundle):
         check_weights(folder / "models" / "big.pt", network, folder / "large_files.yml")
     with pytest.raises(FileNotFoundError, match="train first"):
         check_weights(folder / "models" / "own.pt", network, folder / "large_files.yml")
+
+
+def test_fine_tuning_from_another_width_is_warned_of(bundle, caplog):
+    folder, _ = bundle
+
+    def network(width: int) -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Conv3d(1, width, 3), torch.nn.Conv3d(width, 2, 3))
+
+    torch.save(network(4).state_dict(), folder / "own.pt")
+    load_pretrained(folder / "own.pt", network(4))
+    assert "scratch" not in caplog.text
+    load_pretrained(folder / "own.pt", network(8))
+    assert "1 of 4 tensors loaded, and most of the network starts from scratch" in caplog.text
 
 
 def test_weights_in_half_precision_fit(bundle):

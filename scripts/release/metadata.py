@@ -171,7 +171,7 @@ def release_metadata(
         metadata: content of metadata.json, with version and changelog of the release.
         described: of the release.
         own: what the task says of itself: keys of metadata.json, and besides its "title", "modality" and
-            "channel_names" of its images, "data_license"; its "references" are added to those there.
+            "channel_names" of its images; its "references" are added to those there.
         title: of the task where it gives none; None for the plain configs, which metadata.json already describes.
         found: what was measured.
 
@@ -204,14 +204,14 @@ def release_metadata(
             "description": f"{described.network} with the configs, transforms and checks of the SegResMamba bundle, "
             "which needs no compiled extension.",
             "data_source": "not stated",
+            "data_license": "not stated",
+            "intended_use": metadata["intended_use"].partition(" Limits:")[0],  # of other weights
             "image_classes": f"{image}; {step} mm in the network",
             "label_classes": f"single channel, {', '.join(labels)}",
             "pred_classes": f"logits of {len(described.output_names)} channels, one for each {kind}; written as a "
             "label map of one channel",
         }
-    made |= {
-        key: value for key, value in own.items() if key not in ("title", "modality", "channel_names", "data_license")
-    }
+    made |= {key: value for key, value in own.items() if key not in ("title", "modality", "channel_names")}
     made["references"] = list(dict.fromkeys([*metadata["references"], *own.get("references", [])]))
     if found or not plain:
         made["eval_metrics"] = dict(found)
