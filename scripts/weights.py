@@ -71,8 +71,8 @@ def _check_large_file(checkpoint: str | os.PathLike, large_files: str | os.PathL
     if listed is not None and not check_hash(checkpoint, listed["hash_val"], listed["hash_type"]):
         raise ValueError(
             f"{checkpoint} is not the file that {large_files} describes (its hash differs): it is damaged, or a "
-            "training has written its own there. Move those to another folder, give it as --ckpt_dir, and fetch the file "
-            "again."
+            "training has written its own there. Move those to another folder, to give as --ckpt_dir, and fetch this "
+            "file again."
         )
 
 

@@ -506,7 +506,16 @@ def test_overlays_change_what_is_there(overlay):
     added |= {"network_def#block", "network_def#downsample_conv"}  # the paper's ablations
     added |= {"network_def#deep_supervision", "label_map", "label_names"}
     added |= {"probability", "save_probability", "postprocessing#transforms"}
-    added |= {"ema", "ema_momentum", "max_gradient_norm", "warm_up_epochs", "ensemble", "num_networks", "country"}
+    added |= {
+        "ema",
+        "ema_momentum",
+        "max_gradient_norm",
+        "warm_up_epochs",
+        "ensemble",
+        "num_networks",
+        "country",
+        "noise_std",
+    }
     added |= {"_meta_"}  # for a release
     added |= {"label_maps", "validate#dataset#data#label_maps"}
     added |= {"validate#handlers#0#_disabled_", "validate#handlers#2#batch_transform"}  # of evaluate.json's
