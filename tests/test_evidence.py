@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import statistics
 
@@ -119,7 +120,12 @@ def test_the_sizes_in_the_text(monkeypatch):
             parser.update({**run.overrides, "in_channels": 1, "out_channels": 3})
             network = parser.get_parsed_content("network_def")
             millions[run.arm] = sum(parameter.numel() for parameter in network.parameters()) / 1e6
-    text = " ".join((BUNDLE_ROOT / "docs" / "evidence.md").read_text().split())
+    whole = (BUNDLE_ROOT / "docs" / "evidence.md").read_text()
+    table = whole.partition("million parameters |\n")[2].partition("\n\n")[0].splitlines()[1:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    sizes = {arm: size for arms, _, size in rows for arm in arms.split(", ")}
+    assert sizes == {arm: f"{size:.2f}" for arm, size in millions.items()}
+    text = " ".join(whole.split())
     assert f"of {min(millions.values()):.1f} to {max(millions.values()):.1f} million parameters" in text
     assert f"{millions['tables_variant']:.1f} million parameters) gains over the text's" in text
     assert f"UNet, of {millions['unet']:.1f} million parameters" in text
@@ -139,6 +145,18 @@ def test_the_folds_that_nothing_was_chosen_on():
     assert f"HD95 {hd95:.3f} and {other_hd95:.3f} mm" in text
 
 
+def test_the_end_of_the_learning_curves():
+    rises = []
+    for arm in ("segresmamba", "segresnet"):
+        files = (EVIDENCE / "confirmation").glob(f"{arm}-fold*.json")
+        curves = [
+            {row["epoch"]: row["val_mean_dice"] for row in json.loads(file.read_text())["curve"]} for file in files
+        ]
+        rises.append(statistics.mean(float(curve["40"]) - float(curve["30"]) for curve in curves))
+    text = " ".join((BUNDLE_ROOT / "docs" / "evidence.md").read_text().split())
+    assert f"still rises by {rises[0]:.3f} for SegResMamba and {rises[1]:.3f} for SegResNet" in text
+
+
 def test_the_costs_in_the_text_are_those_measured():
     rows = json.loads((EVIDENCE / "efficiency-hippocampus.json").read_text())["rows"]
     text = (BUNDLE_ROOT / "docs" / "evidence.md").read_text()
@@ -151,12 +169,29 @@ def test_the_costs_in_the_text_are_those_measured():
         seconds = {row["network"]: row["training"]["median"] for row in rows if row["setup"] == name}
         others = [seconds[n] / seconds["segresmamba_text"] for n in ("segresmamba_without_tom", "segresnet")]
         assert f"| {label} | {others[0]:.2f} | {others[1]:.2f} |" in text
+        assert label != "wide" or f"{1 / others[0]:.2f} times as long in bf16" in text
 
 
 def test_what_the_text_says_of_the_later_runs():
     text = " ".join((BUNDLE_ROOT / "docs" / "evidence.md").read_text().split())
-    folds = sorted(file.stem.split("-")[1] for file in RESULTS if file.match("confirmation/without_tom-*"))
-    assert folds == ["fold1", "fold2", "fold3"] and "folds 1, 2 and 3 are done, on which nothing was chosen" in text
+    with_tom, without = (
+        [json.loads((EVIDENCE / "confirmation" / f"{arm}-fold{k}-seed0.json").read_text())["cases"] for k in range(5)]
+        for arm in ("segresmamba", "without_tom")
+    )
+    means = [
+        statistics.mean(case["val_mean_dice"]["mean"] for cases in runs[1:] for case in cases.values())
+        for runs in (with_tom, without)
+    ]
+    assert f"the mean Dice is {means[0]:.4f} with ToM and {means[1]:.4f} without" in text
+    every = [
+        statistics.mean(case["val_mean_dice"]["mean"] for cases in runs for case in cases.values())
+        for runs in (with_tom, without)
+    ]
+    readme = " ".join((BUNDLE_ROOT / "README.md").read_text().split())
+    assert f"(mean Dice {every[0]:.4f} with them, {every[1]:.4f} without" in readme
+    table = (EVIDENCE / "without_tom_report" / "comparison.md").read_text()
+    dice, hd95 = re.findall(r"\| without_tom .*\[(.*), (.*)\] \| \d", table)[:2]
+    assert f"at most {-float(dice[0]):.4f} of Dice and {float(hd95[1]):.2f} mm of HD95" in text
     runs = {file.stem: json.loads(file.read_text()) for file in RESULTS if file.parent.name == "longer"}
     curve = {int(row["epoch"]): row for row in runs["longer-fold0-seed0"]["curve"]}
     losses = [float(curve[epoch]["train_mean_loss"]) for epoch in (60, 120)]
