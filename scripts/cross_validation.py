@@ -57,7 +57,8 @@ def cross_validation(
         seed: of the trainings.
         parallel: folds at a time, see :py:func:`scripts.experiments.experiments`.
         weights: what of each fold is measured and joined: "model.pt", those of its best validation, which are chosen on
-            the very cases that are measured; or "last.pt", those of the last step, of which none is chosen.
+            the very cases that are measured; or "last.pt", those of the last step, of which none is chosen, which an
+            ``ema.yaml`` needs model.pt for. To be chosen at the start.
         overrides: further keys of the configs.
 
     Raises:
@@ -71,8 +72,12 @@ def cross_validation(
         raise ValueError(f"weights must be model.pt or last.pt, got {weights!r}.")
     configs = ensure_tuple(config_file)
     if num_folds is None:
-        num_folds = int(ConfigParser.load_config_files(["configs/train.json", *configs])["num_folds"])
+        parser = ConfigParser(ConfigParser.load_config_files(["configs/train.json", *configs]))
+        parser.update(overrides)
+        num_folds = parser.get_parsed_content("num_folds")
     overrides = {**overrides, "num_folds": num_folds}
+    if weights == "last.pt" and any("ema" in ConfigParser.load_config_file(file) for file in configs):
+        raise ValueError("last.pt holds the last step's weights, not their moving average: give --weights model.pt.")
     measured = {"checkpoint": "$@ckpt_dir + '/last.pt'"} if weights == "last.pt" else {}
     runs = [Run("cross_validation", fold, seed, configs, {**overrides, **measured}) for fold in range(num_folds)]
     folder = Path(output_dir)

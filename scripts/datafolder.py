@@ -28,7 +28,7 @@ from monai.utils import ensure_tuple
 
 from scripts.datalist import dataset_channels, dataset_classes, load_datalist
 from scripts.dicom import series_folders
-from scripts.layouts import NoCasesError, layout_cases
+from scripts.layouts import NoCasesError, NoLabelError, layout_cases
 from scripts.output import IMAGE_SUFFIXES, case_name
 
 __all__ = ["channel_count", "class_names", "image_list"]
@@ -109,7 +109,7 @@ def _volumes(path: Path, layout: str) -> list[dict]:
         for labelled in (False, True):
             try:
                 return [{"image": item["image"]} for item in layout_cases(path, layout, labelled=labelled)]
-            except NoCasesError:
+            except (NoCasesError, NoLabelError):
                 pass  # all have labels, or a folder of plain images
     index = path / "dataset.json"
     if index.is_file() and json.loads(index.read_text(encoding="utf-8")).get("test"):

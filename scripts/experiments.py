@@ -160,23 +160,27 @@ def run_all(
     Raises:
         ChildProcessError: When a training or an evaluation fails.
         FileNotFoundError: When the weights of another run that a run evaluates are not there.
-        ValueError: When a run's folder or result is that of another run with the same name, other data or overlays.
+        ValueError: When a run's folder or result is that of another run with the same name, or the training in the folder
+            had other data or overlays.
     """
     begin, failed = time.monotonic(), threading.Event()
     threads = max(1, (os.cpu_count() or 1) // parallel) if parallel > 1 else None
 
     for run in runs:
         training = run.weights_of or run
-        for file, settings in (
-            (Path(results_dir) / f"{run.name}.json", run.settings),
-            (Path(output_dir) / training.name / "settings.json", _identity(training, dataset_dir)),
+        result, folder = Path(results_dir) / f"{run.name}.json", Path(output_dir) / training.name
+        for file, place, settings in (
+            (result, result, run.settings),
+            (folder / "settings.json", folder, _identity(training, dataset_dir)),
         ):
             settings = {"weights_of": None, **settings}
             before = {"weights_of": None, **json.loads(file.read_text())} if file.is_file() else settings
             unlike = [key for key in settings if before.get(key, settings[key]) != settings[key]]
             if unlike:
+                then = f", {before['dataset_dir']} then" if "dataset_dir" in unlike else ""
                 raise ValueError(
-                    f"{file} is of a run with other settings ({', '.join(unlike)}): give other folders, or remove it."
+                    f"{file} is of a run with other settings ({', '.join(unlike)}{then}): give other folders, or remove "
+                    f"{place} with what is in it."
                 )
 
     def work(k: int) -> None:

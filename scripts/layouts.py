@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-__all__ = ["LAYOUTS", "NoCasesError", "layout_cases"]
+__all__ = ["LAYOUTS", "NoCasesError", "NoLabelError", "layout_cases"]
 
 _BRATS21_CHANNELS = ("flair", "t1", "t1ce", "t2")  # in the order of the Decathlon's brain tumours
 _SUFFIXES = (".nii.gz", ".nii")
@@ -25,6 +25,10 @@ _SUFFIXES = (".nii.gz", ".nii")
 
 class NoCasesError(FileNotFoundError):
     """A folder holds no case of a layout, as opposed to one of which a file is missing."""
+
+
+class NoLabelError(FileNotFoundError):
+    """An image has no label where it should have one, which matters to a training alone."""
 
 
 def layout_cases(dataset_dir: str | os.PathLike, layout: str, labelled: bool = True) -> list[dict]:
@@ -49,7 +53,8 @@ def layout_cases(dataset_dir: str | os.PathLike, layout: str, labelled: bool = T
 
     Raises:
         NoCasesError: When the folder holds no such case.
-        FileNotFoundError: When the folder does not exist, or a file of a case is missing.
+        NoLabelError: When an image lacks its label.
+        FileNotFoundError: When the folder does not exist, or another file of a case is missing.
         ValueError: When the layout is unknown.
     """
     if layout not in LAYOUTS:
@@ -89,7 +94,7 @@ def _btcv(folder: Path) -> list[dict]:
         name = _stem(image)
         label = _beside(image.parent.parent / "label" / image.name, name.replace("img", "label"))
         if label is None and image.parent.parent.name == "Training":
-            raise FileNotFoundError(f"{image} has no label beside it, in {image.parent.parent / 'label'}.")
+            raise NoLabelError(f"{image} has no label beside it, in {image.parent.parent / 'label'}.")
         item: dict = {"image": str(image), "case": name, "group": name, "test": False}
         cases.append(item | ({"label": str(label)} if label else {}))
     return cases

@@ -39,7 +39,7 @@ def test_cross_validation_goes_on_where_it_stopped(phantom_dir, tmp_path, workfl
     names = sorted(file.name.removesuffix(".nii.gz") for file in (phantom_dir / "imagesTr").iterdir())
     settings = {key: value for key, value in TINY.items() if key not in ("num_folds", "max_epochs")}
     settings |= {"max_epochs": 1, "test_cases": names[-2:]}
-    (tmp_path / "folds.yaml").write_text("num_folds: 2\n")
+    (tmp_path / "folds.yaml").write_text('num_folds: "$1 + 1"\n')
     given = {"config_file": ["configs/tasks/phantom.yaml", str(tmp_path / "folds.yaml")], "parallel": 2, **settings}
     monkeypatch.chdir(BUNDLE_ROOT)
     cross_validation(str(phantom_dir), str(tmp_path / "cv"), **given)
@@ -69,6 +69,7 @@ def test_cross_validation_goes_on_where_it_stopped(phantom_dir, tmp_path, workfl
         ({"seed": 1}, "of another cross-validation"),
         ({"weight_decay": 1}, "with other settings"),
         ({"weights": "last.pt"}, "with other settings"),
+        ({"weights": "last.pt", "config_file": ["configs/options/ema.yaml"]}, "give --weights model.pt"),
         ({"weights": "best.pt"}, "must be model.pt or last.pt"),
         ({"checkpoint": "models/model.pt"}, "each fold has its own"),
     ):

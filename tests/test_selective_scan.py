@@ -276,6 +276,10 @@ class TestAgainstReference:
         check(engine, arguments(1, 4, 256, steps(engine, 70)), delta_softplus=True)
 
     @pytest.mark.parametrize("engine", FAST)
+    def test_many_states_over_several_chunks(self, engine):
+        check(engine, arguments(1, 4, 24, 66), delta_softplus=True)
+
+    @pytest.mark.parametrize("engine", FAST)
     @pytest.mark.parametrize("with_D", [False, True])
     @pytest.mark.parametrize("with_z", [False, True])
     @pytest.mark.parametrize("with_bias", [False, True])

@@ -125,6 +125,8 @@ def test_images_to_segment(trees, tmp_path):
     assert len(image_list(trees["acdc"], "acdc")) == 2  # testing
     shutil.copy(trees["btcv"] / "RawData" / "Testing" / "img" / "img0061.nii.gz", tmp_path / "scan.nii.gz")
     assert len(image_list(tmp_path, "btcv")) == 1  # a plain folder
+    shutil.copytree(trees["btcv"] / "RawData" / "Training" / "img", tmp_path / "Training" / "img")
+    assert len(image_list(tmp_path / "Training" / "img", "btcv")) == 18  # labels are not asked for
     shutil.copytree(trees["brats21"] / "BraTS2021_00001", tmp_path / "BraTS2021_00001")
     (tmp_path / "BraTS2021_00001" / "BraTS2021_00001_t1ce.nii.gz").unlink()
     with pytest.raises(FileNotFoundError, match="lacks BraTS2021_00001_t1ce"):  # and no four volumes of one channel

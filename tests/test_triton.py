@@ -103,7 +103,7 @@ class TestWithoutAGPU:
         from scripts.selective_scan import triton as engine
 
         layer = ToM(8, scan_engine="triton").to(DEVICE)
-        x = torch.randn(1, 8, 2, 3, 4, device=DEVICE)
+        x = torch.randn(1, 8, 3, 4, 6, device=DEVICE)  # two chunks
         shape = engine._shape
         results = []
         for wide in (False, True):
