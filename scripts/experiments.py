@@ -160,8 +160,8 @@ def run_all(
     Raises:
         ChildProcessError: When a training or an evaluation fails.
         FileNotFoundError: When the weights of another run that a run evaluates are not there.
-        ValueError: When a run's folder or result is that of another run with the same name, or the training in the folder
-            had other data or overlays.
+        ValueError: When a run's folder or result is that of another run with the same name, or the training in the
+            folder had other data or overlays.
     """
     begin, failed = time.monotonic(), threading.Event()
     threads = max(1, (os.cpu_count() or 1) // parallel) if parallel > 1 else None
@@ -179,8 +179,8 @@ def run_all(
             if unlike:
                 then = f", {before['dataset_dir']} then" if "dataset_dir" in unlike else ""
                 raise ValueError(
-                    f"{file} is of a run with other settings ({', '.join(unlike)}{then}): give other folders, or remove "
-                    f"{place} with what is in it."
+                    f"{file} is of a run with other settings ({', '.join(unlike)}{then}): give other folders, or "
+                    f"remove {place} with what is in it."
                 )
 
     def work(k: int) -> None:
