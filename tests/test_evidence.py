@@ -30,9 +30,12 @@ REPORTS = {  # results, reference, arms
     "confirmation_report": (["confirmation"], "segresmamba", ("segresmamba", "segresnet")),
     "without_tom_report": (["confirmation"], "segresmamba", ("segresmamba", "without_tom")),
     "longer_report": (
-        ["confirmation", "longer"],
+        ["confirmation", "longer", "augmented"],
         "segresmamba",
-        ("segresmamba", "segresnet", "longer", "longer_flipping", "longer_larger_window"),
+        (
+            *("segresmamba", "segresnet", "longer", "longer_flipping", "longer_larger_window"),
+            *("augmented", "augmented_flipping"),
+        ),
     ),
 }
 
@@ -197,14 +200,20 @@ def test_what_the_text_says_of_the_later_runs():
     assert f"between {-min(gains):.4f} worse and {max(gains):.4f} better" in text
     table = (EVIDENCE / "without_tom_report" / "comparison.md").read_text()
     assert all(float(p) > 0.05 for p in re.findall(r"\| without_tom .* ([\d.]+) \|\n", table))
-    runs = {file.stem: json.loads(file.read_text()) for file in RESULTS if file.parent.name == "longer"}
+    runs = {file.stem: json.loads(file.read_text()) for file in RESULTS if file.parent.name in ("longer", "augmented")}
     curve = {int(row["epoch"]): row for row in runs["longer-fold0-seed0"]["curve"]}
     losses = [float(curve[epoch]["train_mean_loss"]) for epoch in (60, 120)]
     assert (
         f"level from epoch 60 on, while the loss of the training falls from {losses[0]:.3f} to {losses[1]:.3f}" in text
     )
     assert max(float(curve[epoch]["val_mean_dice"]) for epoch in (80, 100, 120)) <= float(curve[60]["val_mean_dice"])
-    plain, flipped = (
-        runs[f"{arm}-fold0-seed0"]["summary"]["val_mean_dice"]["mean"]["mean"] for arm in ("longer", "longer_flipping")
-    )
-    assert f"Test-time flipping adds about {flipped - plain:.3f}" in text
+    dice = {name.split("-")[0]: run["summary"]["val_mean_dice"]["mean"]["mean"] for name, run in runs.items()}
+    for arm in ("longer", "augmented"):
+        assert f"Test-time flipping adds about {dice[f'{arm}_flipping'] - dice[arm]:.3f}" in text
+    shorter = [
+        json.loads((EVIDENCE / "confirmation" / f"{arm}-fold0-seed0.json").read_text())["summary"]["val_mean_dice"]
+        for arm in ("segresmamba", "segresnet")
+    ]
+    dice |= {"segresnet": shorter[1]["mean"]["mean"]}
+    assert max(dice.values()) < shorter[0]["mean"]["mean"]  # None is better
+    assert f"and SegResNet's, lie between {min(dice.values()):.3f} and {max(dice.values()):.3f} here" in text
