@@ -271,7 +271,8 @@ def test_engines_agree_in_a_whole_network():
         torch.manual_seed(3)
         return SegResMamba(channels=(8, 24), depths=(1, 1), scan_engine=engine)
 
-    x = torch.randn(1, 1, 9, 8, 8)
+    # On a smaller volume the deepest normalisation, over few voxels, loses digits in any engine.
+    x = torch.randn(1, 1, 9, 8, 11, generator=torch.Generator().manual_seed(0))
     results = {engine: run(net, net, x) for engine in ENGINES for net in [network(engine)]}
     expected = results.pop("reference")
     assert results
