@@ -148,6 +148,20 @@ def test_the_folds_that_nothing_was_chosen_on():
     assert f"HD95 {hd95:.3f} and {other_hd95:.3f} mm" in text
 
 
+def test_what_leads_the_screening():
+    files = [file for file in RESULTS if file.parent.name == "screening" and file.stem.endswith("seed0")]
+    dice = {
+        file.stem.split("-fold")[0]: json.loads(file.read_text())["summary"]["val_mean_dice"]["mean"]["mean"]
+        for file in files
+    }
+    first, second = sorted(dice, key=dice.__getitem__)[:-3:-1]
+    assert (first, second) == ("dynunet", "wide_batch_1_learning_rate_3e-3")
+    text = " ".join((BUNDLE_ROOT / "docs" / "evidence.md").read_text().split())
+    assert (
+        f"DynUNet leads the screening**: {dice[first]:.4f}, against {dice[second]:.4f} of the best SegResMamba" in text
+    )
+
+
 def test_the_end_of_the_learning_curves():
     rises = []
     for arm in ("segresmamba", "segresnet"):
