@@ -38,7 +38,6 @@ def cross_validation(
     num_folds: int | None = None,
     seed: int = 0,
     parallel: int = 1,
-    weights: str = "model.pt",
     **overrides: Any,
 ) -> None:
     """
@@ -56,30 +55,21 @@ def cross_validation(
         num_folds: number of folds; default: that of the configs.
         seed: of the trainings.
         parallel: folds at a time, see :py:func:`scripts.experiments.experiments`.
-        weights: what of each fold is measured and joined: "model.pt", those of its best validation, which are chosen on
-            the very cases that are measured; or "last.pt", those of the last step, of which none is chosen, which an
-            ``ema.yaml`` needs model.pt for. To be chosen at the start.
         overrides: further keys of the configs.
 
     Raises:
         ChildProcessError: When a training or an evaluation fails; the last lines of its log are in the message.
-        ValueError: When the data set is malformed, ``weights`` is neither, or the folder holds a cross-validation with
-            other settings.
+        ValueError: When the data set is malformed, or the folder holds a cross-validation with other settings.
     """
     if "checkpoint" in overrides:
-        raise ValueError("checkpoint cannot be set here: each fold has its own. Give --weights model.pt or last.pt.")
-    if weights not in ("model.pt", "last.pt"):
-        raise ValueError(f"weights must be model.pt or last.pt, got {weights!r}.")
+        raise ValueError("checkpoint cannot be set here: each fold is evaluated with its own models/model.pt.")
     configs = ensure_tuple(config_file)
     if num_folds is None:
         parser = ConfigParser(ConfigParser.load_config_files(["configs/train.json", *configs]))
         parser.update(overrides)
         num_folds = parser.get_parsed_content("num_folds")
     overrides = {**overrides, "num_folds": num_folds}
-    if weights == "last.pt" and any("ema" in ConfigParser.load_config_file(file) for file in configs):
-        raise ValueError("last.pt holds the last step's weights, not their moving average: give --weights model.pt.")
-    measured = {"checkpoint": "$@ckpt_dir + '/last.pt'"} if weights == "last.pt" else {}
-    runs = [Run("cross_validation", fold, seed, configs, {**overrides, **measured}) for fold in range(num_folds)]
+    runs = [Run("cross_validation", fold, seed, configs, overrides) for fold in range(num_folds)]
     folder = Path(output_dir)
     strangers = {file.stem for file in (folder / "results").glob("*.json")} - {run.name for run in runs}
     if strangers:
@@ -97,7 +87,7 @@ def cross_validation(
     print(summary_table(summary))
 
     (folder / "models").mkdir(exist_ok=True)
-    join_weights([folder / run.name / "models" / weights for run in runs], folder / "models" / "ensemble.pt")
+    join_weights([folder / run.name / "models" / "model.pt" for run in runs], folder / "models" / "ensemble.pt")
     if _has_test_labels(configs, overrides, dataset_dir):
         more = {**overrides, "val_subset": "test", "num_networks": num_folds}
         joint = Run("ensemble", 0, seed, (*configs, "configs/options/ensemble.yaml"), more)
