@@ -39,7 +39,7 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from scripts.selective_scan import triton_kernels
+from scripts.selective_scan import triton_mixer_kernels, triton_scan_kernels
 
 FLOAT = "weight bias A2 D ends sums starts carries gradients total dB dC dD dweight dbias".split()
 WHOLE = "batch dy_rows R K L d g n chunks parts blocks taps elements b_columns c_columns".split()
@@ -47,8 +47,9 @@ ONES = "batch R K L g n chunks parts blocks dy_rows taps elements".split()
 CONSTANTS = {"T": 64, "N": 16, "P": 4, "COUNT": 2, "n": 16, "b_columns": 40, "c_columns": 40}
 done, crossing = [], []
 for dtype in sys.argv[2:]:
-    for name in triton_kernels.__all__:
-        kernel, signature, constants = getattr(triton_kernels, name), {}, {}
+    for name in triton_scan_kernels.__all__ + triton_mixer_kernels.__all__:
+        module = triton_scan_kernels if name in triton_scan_kernels.__all__ else triton_mixer_kernels
+        kernel, signature, constants = getattr(module, name), {}, {}
         walks = "N" in kernel.arg_names
         for parameter in kernel.params:
             argument = parameter.name
@@ -94,10 +95,10 @@ class TestWithoutAGPU:
         command = [sys.executable, "-c", COMPILE, str(capability), *dtypes]
         result = subprocess.run(command, cwd=bundle_root, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr[-3000:]
-        from scripts.selective_scan import triton_kernels
+        from scripts.selective_scan import triton_mixer_kernels, triton_scan_kernels
 
         done, crossing = json.loads(result.stdout)
-        assert done == triton_kernels.__all__ * len(dtypes) and not crossing
+        assert done == (triton_scan_kernels.__all__ + triton_mixer_kernels.__all__) * len(dtypes) and not crossing
 
     def test_offsets_of_64_bits_give_the_same(self, monkeypatch):
         from scripts.selective_scan import triton as engine

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from . import triton_kernels as kernels
+from . import triton_mixer_kernels as mixer_kernels
+from . import triton_scan_kernels as scan_kernels
 from .orders import order_steps
 
 __all__ = ["MIXER_MULTIPLE", "mixer", "scan"]
@@ -198,7 +199,7 @@ def _mixer(
         packed = u.view(len(u), -1, d) @ x_proj.transpose(1, 2)
         y, starts = _mixer_scan(u, packed, dt_proj, dt_bias, A, D, index).forward()
         out, total = xz.new_empty(batch, length, d), xz.new_empty(batch, length, d)
-        kernels.gate_forward[(-(-out.numel() // _GATE),)](xz, y, out, total, out.numel(), len(u), d, W=_GATE)
+        mixer_kernels.gate_forward[(-(-out.numel() // _GATE),)](xz, y, out, total, out.numel(), len(u), d, W=_GATE)
     return out, packed, starts, total
 
 
@@ -231,7 +232,9 @@ def _mixer_backward(
     rank, n = dt_proj.shape[2], A.shape[2]
     with torch.cuda.device_of(xz), torch.autocast(xz.device.type, enabled=False):
         dxz, dy = torch.empty_like(xz), torch.empty_like(total)
-        kernels.gate_backward[(-(-dy.numel() // _GATE),)](xz, total, dout.contiguous(), dy, dxz, dy.numel(), d, W=_GATE)
+        mixer_kernels.gate_backward[(-(-dy.numel() // _GATE),)](
+            xz, total, dout.contiguous(), dy, dxz, dy.numel(), d, W=_GATE
+        )
 
         u = _convolve(xz, conv_weight, conv_bias, index)
         run = _mixer_scan(u, packed, dt_proj, dt_bias, A, D, index)
@@ -251,10 +254,10 @@ def _mixer_backward(
         dweight = torch.empty((K, batch * chunks, taps, d), dtype=torch.float32, device=xz.device)
         dbias = torch.empty((K, batch * chunks, d), dtype=torch.float32, device=xz.device)
         sizes = (batch, length, d, taps, chunks)
-        kernels.conv_backward_pre[grid](
+        mixer_kernels.conv_backward_pre[grid](
             xz, conv_weight, conv_bias, _or(index, xz), du, dweight, dbias, *sizes, **constants
         )
-        kernels.conv_backward_input[(grid[0] // K,)](
+        mixer_kernels.conv_backward_input[(grid[0] // K,)](
             conv_weight, _or(index, xz), _or(inverse, xz), du, dxz, batch, K, length, d, taps, chunks, **constants
         )
     return [dxz, dweight.sum(1), dbias.sum(1), dx_proj, ddt_proj, dt_bias_gradient, dA, dD]
@@ -308,17 +311,17 @@ class _Scan:
         u, delta, bias, A2, B, C = self.u, self.delta, self.bias, self.A2, self.B, self.C
         starts = _starts(u, self.rows, self.length, self.n, self.d)
         ends, sums = self._by_chunk(self.n, self.d), self._by_chunk(self.d)
-        kernels.chunk_ends[self.grid](
+        scan_kernels.chunk_ends[self.grid](
             u, delta, bias, A2, B, self.index, ends, sums, self.batch, *self.sizes, self.chunks,
             b_columns=self.columns[0], **self.constants, **self.walk,
         )  # fmt: skip
-        kernels.chunk_starts[self._chunk_grid()](
+        scan_kernels.chunk_starts[self._chunk_grid()](
             A2, ends, sums, starts, self.batch, self.d, self.n, self.chunks, **self.tile_of_chunks
         )
         del ends
         y = torch.empty_like(u)
         total = torch.empty_like(u, dtype=torch.float32) if self.n > _STATES else y
-        kernels.scan_apply[self.grid](
+        scan_kernels.scan_apply[self.grid](
             u, delta, bias, A2, B, C, self.D, self.z, self.index, starts, total, y, self.batch, *self.sizes,
             self.chunks, b_columns=self.columns[0], c_columns=self.columns[1], GATED=self.gated, **self.constants,
             **self.walk,
@@ -334,12 +337,12 @@ class _Scan:
         dy = dy.contiguous()
         like = {"dtype": torch.float32, "device": u.device}
         carries, sums = self._by_chunk(self.n, self.d), self._by_chunk(self.d)
-        kernels.chunk_carries[self.grid](
+        scan_kernels.chunk_carries[self.grid](
             delta, bias, A2, C, self.z, self.index, dy, carries, sums, self.batch, len(dy), *self.sizes, self.chunks,
             c_columns=self.columns[1], GATED=self.gated, **self.constants, **self.walk,
         )  # fmt: skip
         gradients = torch.empty_like(carries)
-        kernels.chunk_gradients[self._chunk_grid()](
+        scan_kernels.chunk_gradients[self._chunk_grid()](
             A2, carries, sums, gradients, self.batch, self.d, self.n, self.chunks, **self.tile_of_chunks
         )
         del carries
@@ -352,7 +355,7 @@ class _Scan:
         dB, dC = (torch.empty((parts, self.rows, self.length, self.groups, self.n), **like) for _ in range(2))
         dD = self._by_chunk(self.d)
         total = torch.empty((self.rows, 3, self.length, self.d), **like) if self.n > _STATES else u
-        kernels.scan_gradients[(self.rows * self.chunks * self.groups * parts,)](
+        scan_kernels.scan_gradients[(self.rows * self.chunks * self.groups * parts,)](
             u, delta, bias, A2, B, C, self.D, self.z, self.index, starts, dy, gradients, total, du, ddelta, dz, dB, dC,
             dD, self.batch, len(dy), self.rows, *self.sizes, self.chunks, parts, blocks_of_part,
             b_columns=self.columns[0], c_columns=self.columns[1], GATED=self.gated, P=_PIECE,
@@ -383,7 +386,7 @@ def _convolve(xz, weight, bias, index) -> torch.Tensor:
     u = xz.new_empty(K, batch, length, d)
     chunks, grid = _tiles(K * batch, length, d)
     constants = _shape(index, length * 2 * d) | _TILE
-    kernels.conv_forward[grid](xz, weight, bias, _or(index, xz), u, batch, length, d, taps, chunks, **constants)
+    mixer_kernels.conv_forward[grid](xz, weight, bias, _or(index, xz), u, batch, length, d, taps, chunks, **constants)
     return u
 
 

@@ -9,16 +9,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The kernels of the ``triton`` engine. In the scan, a program is one warp that walks a chunk of T steps, step by step,
-for W channels, with N states of each in registers: parallel over chunks, channels and states, the recurrence needs no
-scan across lanes, whose shuffles would outnumber the exponentials. In the convolution it holds a tile of T steps by W
-channels.
+The scan's kernels of the ``triton`` engine. A program is one warp that walks a chunk of T steps, step by step, for W
+channels, with N states of each in registers: parallel over chunks, channels and states, the recurrence needs no scan
+across lanes, whose shuffles would outnumber the exponentials.
 
-Names: R rows (order x batch), L tokens, d channels, g groups of B and C, n states, K orders, taps of a convolution.
-``index`` (K, L) is the token at each step of an order, ``inverse`` (K, L) the step of each token; without ``ORDERED``
-the order is the raster's. Arrays are contiguous, but for the rows of B and C: their ``token`` stride is the number of
-columns of the tensor that they lie in. A2 is A * log2(e), (K, n, d). u, delta, z, B, C, y and their gradients come in
-any floating dtype, all else in float32.
+Names: R rows (order x batch), L tokens, d channels, g groups of B and C, n states, K orders. ``index`` (K, L) is the
+token at each step of an order; without ``ORDERED`` the order is the raster's. Arrays are contiguous, but for the rows
+of B and C: their ``token`` stride is the number of columns of the tensor that they lie in. A2 is A * log2(e),
+(K, n, d). u, delta, z, B, C, y and their gradients come in any floating dtype, all else in float32.
 """
 
 from __future__ import annotations
@@ -26,8 +24,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["chunk_carries", "chunk_ends", "chunk_gradients", "chunk_starts", "conv_backward_input"]
-__all__ += ["conv_backward_pre", "conv_forward", "gate_backward", "gate_forward", "scan_apply", "scan_gradients"]
+from .triton_tiles import place, tokens_of
+
+__all__ = ["chunk_carries", "chunk_ends", "chunk_gradients", "chunk_starts", "scan_apply", "scan_gradients"]
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -51,27 +50,6 @@ def _softplus(x):
 def _after(a1, b1, a2, b2):
     """h -> a1 h + b1, then h -> a2 h + b2."""
     return a2 * a1, a2 * b1 + b2
-
-
-@triton.jit
-def _place(d, g, chunks, W: tl.constexpr):
-    """What a program of the grid (R * chunks * channel blocks,) is for: chunk, row, group, channels."""
-    blocks_of_group = tl.cdiv(d // g, W)
-    blocks = blocks_of_group * g
-    program = tl.program_id(0)
-    r, chunk, block = program // (blocks * chunks), program // blocks % chunks, program % blocks
-    group = block // blocks_of_group
-    channels = group * (d // g) + block % blocks_of_group * W + tl.arange(0, W)
-    return chunk.to(tl.int64), r.to(tl.int64), group, channels, channels < (group + 1) * (d // g)
-
-
-@triton.jit
-def _tokens(index, k, steps, live, L, ORDERED: tl.constexpr, WIDE: tl.constexpr):
-    """The tokens at steps. Offsets within a row are 64 bits wide only where they must be: they take registers."""
-    token = steps
-    if ORDERED:
-        token = tl.load(index + k * L + steps, mask=live, other=0)
-    return token.to(tl.int64 if WIDE else tl.int32)
 
 
 @triton.jit
@@ -102,7 +80,7 @@ def _step(
     What the recurrence takes at a step: its token and the places of the token's channels, the step sizes, u, the decay
     and the row of B. Beyond the end (not ``live``) the state stays.
     """
-    token = _tokens(index, k, step, live, L, ORDERED, WIDE)
+    token = tokens_of(index, k, step, live, L, ORDERED, WIDE)
     at = token * d + channels
     mask = valid & live
     dt = tl.where(live, _step_size(delta, shift, at, mask, SOFTPLUS), 0.0)
@@ -118,7 +96,7 @@ def chunk_ends(
     W: tl.constexpr,
 ):  # fmt: skip
     """First pass: each chunk's end state (R, chunks, n, d) if it begins at zero, and sum of dt (R, chunks, d)."""
-    chunk, r, group, channels, valid = _place(d, g, chunks, W)
+    chunk, r, group, channels, valid = place(d, g, chunks, W)
     k = r // batch
     first = chunk.to(tl.int32) * T
     u += r * L * d
@@ -178,7 +156,7 @@ def scan_apply(
     Third pass: y (R, L, d), from the chunks' starts. Where there are more than N states, the sums over them are
     collected in ``total`` (R, L, d), float32.
     """
-    chunk, r, group, channels, valid = _place(d, g, chunks, W)
+    chunk, r, group, channels, valid = place(d, g, chunks, W)
     k = r // batch
     first = chunk.to(tl.int32) * T
     row = r * L * d
@@ -232,7 +210,7 @@ def chunk_carries(
     First pass of the backward: the gradient of each chunk's start by the chunk's own outputs (R, chunks, n, d), and its
     sum of dt (R, chunks, d).
     """
-    chunk, r, group, channels, valid = _place(d, g, chunks, W)
+    chunk, r, group, channels, valid = place(d, g, chunks, W)
     k = r // batch
     first = chunk.to(tl.int32) * T
     steps = tl.minimum(first + T, L) - first
@@ -246,7 +224,7 @@ def chunk_carries(
         carry = tl.zeros((N, W), dtype=tl.float32)
         total = tl.zeros((W,), dtype=tl.float32)
         for back in range(1, steps + 1):
-            token = _tokens(index, k, first + steps - back, True, L, ORDERED, WIDE)
+            token = tokens_of(index, k, first + steps - back, True, L, ORDERED, WIDE)
             at = token * d + channels
             dt = _step_size(delta + row, shift, at, valid, SOFTPLUS)
             g_y = _output_gradient(dy + row_dy, z + row, at, valid, GATED)
@@ -360,7 +338,7 @@ def scan_gradients(
                 for i in tl.static_range(P):
                     step = first + piece * P + P - 1 - i
                     live = step < end
-                    token = _tokens(index, k, step, live, L, ORDERED, WIDE)
+                    token = tokens_of(index, k, step, live, L, ORDERED, WIDE)
                     at = token * d + channels
                     mask, mask_s = valid & live, (s < n) & live
                     dt, x = dts[P - 1 - i], xs[P - 1 - i]
@@ -407,133 +385,3 @@ def scan_gradients(
             tl.store(gradients + at_chunk, g_a, mask=there)
             tl.store(dD + (r * chunks + chunk) * d + channels, g_skip, mask=valid)
             tl.debug_barrier()  # the next states and the next block add to what these have written
-
-
-@triton.jit
-def _convolved(
-    xz, weight, bias, index, k, b, chunk, channels, valid, L, d, taps,
-    ORDERED: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
-    """The causal convolution of a tile of steps (T, W), before SiLU."""
-    steps = chunk * T + tl.arange(0, T)
-    x = tl.zeros((T, W), dtype=tl.float32)
-    x += tl.load(bias + k * d + channels, mask=valid, other=0.0)[None, :]
-    for back in range(taps):
-        step = steps - back
-        there = (step >= 0) & (step < L)
-        token = _tokens(index, k, step, there, L, ORDERED, WIDE)
-        w = tl.load(weight + (k * taps + taps - 1 - back) * d + channels, mask=valid, other=0.0)
-        at = token[:, None] * (2 * d) + channels[None, :]
-        x += w[None, :] * tl.load(xz + b * L * 2 * d + at, mask=there[:, None] & valid[None, :], other=0.0).to(
-            tl.float32
-        )
-    return x
-
-
-@triton.jit
-def conv_forward(
-    xz, weight, bias, index, u, batch, L, d, taps, chunks,
-    ORDERED: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
-    """
-    Causal depthwise convolution along each order and SiLU: xz (batch, L, 2 d), of which the first d channels are taken,
-    weight (K, taps, d), bias (K, d) to u (K, batch, L, d). The grid is (K * batch * chunks * channel blocks,).
-    """
-    chunk, r, _, channels, valid = _place(d, 1, chunks, W)
-    k, b = r // batch, r % batch
-    x = _convolved(xz, weight, bias, index, k, b, chunk, channels, valid, L, d, taps, ORDERED, WIDE, T, W)
-    steps = chunk * T + tl.arange(0, T)
-    live = steps < L
-    token = _tokens(index, k, steps, live, L, ORDERED, WIDE)
-    at = token[:, None] * d + channels[None, :]
-    tl.store(u + r * L * d + at, (x * tl.sigmoid(x)).to(u.dtype.element_ty), mask=live[:, None] & valid[None, :])
-
-
-@triton.jit
-def conv_backward_pre(
-    xz, weight, bias, index, du, dweight, dbias, batch, L, d, taps, chunks,
-    ORDERED: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
-    """
-    First half of its backward: du (K, batch, L, d) becomes the gradient before SiLU, in place; each chunk's part of
-    dweight (K, batch, chunks, taps, d) and dbias (K, batch, chunks, d). Grid as above.
-    """
-    chunk, r, _, channels, valid = _place(d, 1, chunks, W)
-    k, b = r // batch, r % batch
-    x = _convolved(xz, weight, bias, index, k, b, chunk, channels, valid, L, d, taps, ORDERED, WIDE, T, W)
-    steps = chunk * T + tl.arange(0, T)
-    live = steps < L
-    token = _tokens(index, k, steps, live, L, ORDERED, WIDE)
-    mask = live[:, None] & valid[None, :]
-    at = token[:, None] * d + channels[None, :]
-    s = tl.sigmoid(x)
-    g = tl.load(du + r * L * d + at, mask=mask, other=0.0).to(tl.float32) * s * (1.0 + x * (1.0 - s))
-    tl.store(du + r * L * d + at, g.to(du.dtype.element_ty), mask=mask)
-    tl.store(dbias + (r * chunks + chunk) * d + channels, tl.sum(g, axis=0), mask=valid)
-    for back in range(taps):
-        step = steps - back
-        there = (step >= 0) & live
-        source = _tokens(index, k, step, there, L, ORDERED, WIDE)
-        at_source = source[:, None] * (2 * d) + channels[None, :]
-        value = tl.load(xz + b * L * 2 * d + at_source, mask=there[:, None] & valid[None, :], other=0.0).to(tl.float32)
-        at_weight = ((r * chunks + chunk) * taps + taps - 1 - back) * d + channels
-        tl.store(dweight + at_weight, tl.sum(g * value, axis=0), mask=valid)
-
-
-@triton.jit
-def conv_backward_input(
-    weight, index, inverse, dpre, dxz, batch, K, L, d, taps, chunks,
-    ORDERED: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
-    """
-    Second half: dpre (K, batch, L, d) to the first d channels of dxz (batch, L, 2 d). The grid is (batch * chunks of
-    tokens * channel blocks,).
-    """
-    chunk, b, _, channels, valid = _place(d, 1, chunks, W)
-    token = chunk * T + tl.arange(0, T)
-    live = token < L
-    x = tl.zeros((T, W), dtype=tl.float32)
-    for order in range(K):
-        k = b * 0 + order  # 64 bits wide
-        step = token
-        if ORDERED:
-            step = tl.load(inverse + k * L + token, mask=live, other=0).to(tl.int64)
-        for ahead in range(taps):
-            there = live & (step + ahead < L)
-            target = _tokens(index, k, step + ahead, there, L, ORDERED, WIDE)
-            w = tl.load(weight + (k * taps + taps - 1 - ahead) * d + channels, mask=valid, other=0.0)
-            at = target[:, None] * d + channels[None, :]
-            x += w[None, :] * tl.load(
-                dpre + (k * batch + b) * L * d + at, mask=there[:, None] & valid[None, :], other=0.0
-            ).to(tl.float32)
-    at = (b * L + token)[:, None] * (2 * d) + channels[None, :]
-    tl.store(dxz + at, x.to(dxz.dtype.element_ty), mask=live[:, None] & valid[None, :])
-
-
-@triton.jit
-def gate_forward(xz, y, out, total, elements, K, d, W: tl.constexpr):
-    """out = SiLU(z) * total, total = sum of y (K, batch, L, d) over the orders; ``elements`` is batch * L * d."""
-    i = tl.program_id(0).to(tl.int64) * W + tl.arange(0, W)
-    mask = i < elements
-    x = tl.zeros((W,), dtype=tl.float32)
-    at = i
-    for _ in range(K):
-        x += tl.load(y + at, mask=mask, other=0.0).to(tl.float32)
-        at += elements
-    z = tl.load(xz + i // d * (2 * d) + d + i % d, mask=mask, other=0.0).to(tl.float32)
-    tl.store(total + i, x.to(total.dtype.element_ty), mask=mask)
-    tl.store(out + i, (x * z * tl.sigmoid(z)).to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def gate_backward(xz, total, dout, dy, dxz, elements, d, W: tl.constexpr):
-    """The gate's backward: dy (batch, L, d), and the last d channels of dxz (batch, L, 2 d)."""
-    i = tl.program_id(0).to(tl.int64) * W + tl.arange(0, W)
-    mask = i < elements
-    at = i // d * (2 * d) + d + i % d
-    z = tl.load(xz + at, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(dout + i, mask=mask, other=0.0).to(tl.float32)
-    x = tl.load(total + i, mask=mask, other=0.0).to(tl.float32)
-    s = tl.sigmoid(z)
-    tl.store(dy + i, (g * z * s).to(dy.dtype.element_ty), mask=mask)
-    tl.store(dxz + at, (g * x * s * (1.0 + z * (1.0 - s))).to(dxz.dtype.element_ty), mask=mask)

@@ -1,0 +1,157 @@
+# Copyright (c) 2026 SegResMamba bundle contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The kernels around the scan in the ``triton`` engine's mixer: the convolution along each order, whose program holds a
+tile of T steps by W channels, and the gate.
+
+Names: L tokens, d channels, K orders, taps of a convolution. ``index`` (K, L) is the token at each step of an order,
+``inverse`` (K, L) the step of each token; without ``ORDERED`` the order is the raster's. Arrays are contiguous; xz, u,
+y and their gradients come in any floating dtype, all else in float32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_tiles import place, tokens_of
+
+__all__ = ["conv_backward_input", "conv_backward_pre", "conv_forward", "gate_backward", "gate_forward"]
+
+
+@triton.jit
+def _convolved(
+    xz, weight, bias, index, k, b, chunk, channels, valid, L, d, taps,
+    ORDERED: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """The causal convolution of a tile of steps (T, W), before SiLU."""
+    steps = chunk * T + tl.arange(0, T)
+    x = tl.zeros((T, W), dtype=tl.float32)
+    x += tl.load(bias + k * d + channels, mask=valid, other=0.0)[None, :]
+    for back in range(taps):
+        step = steps - back
+        there = (step >= 0) & (step < L)
+        token = tokens_of(index, k, step, there, L, ORDERED, WIDE)
+        w = tl.load(weight + (k * taps + taps - 1 - back) * d + channels, mask=valid, other=0.0)
+        at = token[:, None] * (2 * d) + channels[None, :]
+        x += w[None, :] * tl.load(xz + b * L * 2 * d + at, mask=there[:, None] & valid[None, :], other=0.0).to(
+            tl.float32
+        )
+    return x
+
+
+@triton.jit
+def conv_forward(
+    xz, weight, bias, index, u, batch, L, d, taps, chunks,
+    ORDERED: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """
+    Causal depthwise convolution along each order and SiLU: xz (batch, L, 2 d), of which the first d channels are taken,
+    weight (K, taps, d), bias (K, d) to u (K, batch, L, d). The grid is (K * batch * chunks * channel blocks,).
+    """
+    chunk, r, _, channels, valid = place(d, 1, chunks, W)
+    k, b = r // batch, r % batch
+    x = _convolved(xz, weight, bias, index, k, b, chunk, channels, valid, L, d, taps, ORDERED, WIDE, T, W)
+    steps = chunk * T + tl.arange(0, T)
+    live = steps < L
+    token = tokens_of(index, k, steps, live, L, ORDERED, WIDE)
+    at = token[:, None] * d + channels[None, :]
+    tl.store(u + r * L * d + at, (x * tl.sigmoid(x)).to(u.dtype.element_ty), mask=live[:, None] & valid[None, :])
+
+
+@triton.jit
+def conv_backward_pre(
+    xz, weight, bias, index, du, dweight, dbias, batch, L, d, taps, chunks,
+    ORDERED: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """
+    First half of its backward: du (K, batch, L, d) becomes the gradient before SiLU, in place; each chunk's part of
+    dweight (K, batch, chunks, taps, d) and dbias (K, batch, chunks, d). Grid as above.
+    """
+    chunk, r, _, channels, valid = place(d, 1, chunks, W)
+    k, b = r // batch, r % batch
+    x = _convolved(xz, weight, bias, index, k, b, chunk, channels, valid, L, d, taps, ORDERED, WIDE, T, W)
+    steps = chunk * T + tl.arange(0, T)
+    live = steps < L
+    token = tokens_of(index, k, steps, live, L, ORDERED, WIDE)
+    mask = live[:, None] & valid[None, :]
+    at = token[:, None] * d + channels[None, :]
+    s = tl.sigmoid(x)
+    g = tl.load(du + r * L * d + at, mask=mask, other=0.0).to(tl.float32) * s * (1.0 + x * (1.0 - s))
+    tl.store(du + r * L * d + at, g.to(du.dtype.element_ty), mask=mask)
+    tl.store(dbias + (r * chunks + chunk) * d + channels, tl.sum(g, axis=0), mask=valid)
+    for back in range(taps):
+        step = steps - back
+        there = (step >= 0) & live
+        source = tokens_of(index, k, step, there, L, ORDERED, WIDE)
+        at_source = source[:, None] * (2 * d) + channels[None, :]
+        value = tl.load(xz + b * L * 2 * d + at_source, mask=there[:, None] & valid[None, :], other=0.0).to(tl.float32)
+        at_weight = ((r * chunks + chunk) * taps + taps - 1 - back) * d + channels
+        tl.store(dweight + at_weight, tl.sum(g * value, axis=0), mask=valid)
+
+
+@triton.jit
+def conv_backward_input(
+    weight, index, inverse, dpre, dxz, batch, K, L, d, taps, chunks,
+    ORDERED: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """
+    Second half: dpre (K, batch, L, d) to the first d channels of dxz (batch, L, 2 d). The grid is (batch * chunks of
+    tokens * channel blocks,).
+    """
+    chunk, b, _, channels, valid = place(d, 1, chunks, W)
+    token = chunk * T + tl.arange(0, T)
+    live = token < L
+    x = tl.zeros((T, W), dtype=tl.float32)
+    for order in range(K):
+        k = b * 0 + order  # 64 bits wide
+        step = token
+        if ORDERED:
+            step = tl.load(inverse + k * L + token, mask=live, other=0).to(tl.int64)
+        for ahead in range(taps):
+            there = live & (step + ahead < L)
+            target = tokens_of(index, k, step + ahead, there, L, ORDERED, WIDE)
+            w = tl.load(weight + (k * taps + taps - 1 - ahead) * d + channels, mask=valid, other=0.0)
+            at = target[:, None] * d + channels[None, :]
+            x += w[None, :] * tl.load(
+                dpre + (k * batch + b) * L * d + at, mask=there[:, None] & valid[None, :], other=0.0
+            ).to(tl.float32)
+    at = (b * L + token)[:, None] * (2 * d) + channels[None, :]
+    tl.store(dxz + at, x.to(dxz.dtype.element_ty), mask=live[:, None] & valid[None, :])
+
+
+@triton.jit
+def gate_forward(xz, y, out, total, elements, K, d, W: tl.constexpr):
+    """out = SiLU(z) * total, total = sum of y (K, batch, L, d) over the orders; ``elements`` is batch * L * d."""
+    i = tl.program_id(0).to(tl.int64) * W + tl.arange(0, W)
+    mask = i < elements
+    x = tl.zeros((W,), dtype=tl.float32)
+    at = i
+    for _ in range(K):
+        x += tl.load(y + at, mask=mask, other=0.0).to(tl.float32)
+        at += elements
+    z = tl.load(xz + i // d * (2 * d) + d + i % d, mask=mask, other=0.0).to(tl.float32)
+    tl.store(total + i, x.to(total.dtype.element_ty), mask=mask)
+    tl.store(out + i, (x * z * tl.sigmoid(z)).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gate_backward(xz, total, dout, dy, dxz, elements, d, W: tl.constexpr):
+    """The gate's backward: dy (batch, L, d), and the last d channels of dxz (batch, L, 2 d)."""
+    i = tl.program_id(0).to(tl.int64) * W + tl.arange(0, W)
+    mask = i < elements
+    at = i // d * (2 * d) + d + i % d
+    z = tl.load(xz + at, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(dout + i, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(total + i, mask=mask, other=0.0).to(tl.float32)
+    s = tl.sigmoid(z)
+    tl.store(dy + i, (g * z * s).to(dy.dtype.element_ty), mask=mask)
+    tl.store(dxz + at, (g * x * s * (1.0 + z * (1.0 - s))).to(dxz.dtype.element_ty), mask=mask)
