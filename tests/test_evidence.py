@@ -28,6 +28,7 @@ RESULTS = sorted(EVIDENCE.glob("*/*-fold*-seed*.json"))
 REPORTS = {  # results, reference, arms
     "screening_report": (["screening"], "base", ()),
     "confirmation_report": (["confirmation"], "segresmamba", ("segresmamba", "segresnet")),
+    "dynunet_report": (["confirmation"], "segresmamba", ("segresmamba", "segresnet", "dynunet")),
     "without_tom_report": (["confirmation"], "segresmamba", ("segresmamba", "without_tom")),
     "longer_report": (
         ["confirmation", "longer", "augmented"],
@@ -155,11 +156,47 @@ def test_what_leads_the_screening():
         for file in files
     }
     first, second = sorted(dice, key=dice.__getitem__)[:-3:-1]
-    assert (first, second) == ("dynunet", "wide_batch_1_learning_rate_3e-3")
+    assert (first, second) == ("dynunet", "wide_batch_1_learning_rate_3e-3_skip_of_32")
     text = " ".join((BUNDLE_ROOT / "docs" / "evidence.md").read_text().split())
     assert (
         f"DynUNet leads the screening**: {dice[first]:.4f}, against {dice[second]:.4f} of the best SegResMamba" in text
     )
+
+
+def test_what_a_wider_path_at_full_resolution_gains():
+    dice, hd95 = (
+        [
+            json.loads(file.read_text())["summary"][metric]["mean"]["mean"]
+            for end in ("_skip_of_32", "")
+            for file in (EVIDENCE / "screening").glob(f"wide_batch_1_learning_rate_3e-3{end}-fold0-seed0.json")
+        ]
+        for metric in ("val_mean_dice", "val_hd95")
+    )
+    text = " ".join((BUNDLE_ROOT / "docs" / "evidence.md").read_text().split())
+    assert f"reach a Dice of {dice[0]:.4f} in place of {dice[1]:.4f}, and an HD95 of {hd95[0]:.2f} in place" in text
+    assert f"in place of {hd95[1]:.2f} mm, on one seed" in text
+
+
+def test_what_is_left_of_the_lead_of_dynunet():
+    results = {
+        arm: json.loads((EVIDENCE / "confirmation" / f"{arm}-fold0-seed0.json").read_text())
+        for arm in ("segresmamba", "dynunet")
+    }
+    dice, hd95 = (
+        [result["summary"][metric]["mean"]["mean"] for result in results.values()]
+        for metric in ("val_mean_dice", "val_hd95")
+    )
+    text = " ".join((BUNDLE_ROOT / "docs" / "evidence.md").read_text().split())
+    assert f"its Dice is {dice[1] - dice[0]:.4f} higher than SegResMamba's" in text
+    assert f"its HD95 {hd95[1] - hd95[0]:.3f} mm larger" in text and f"DynUNet, {dice[1]:.4f} after as many" in text
+    curve = {row["epoch"]: row["val_mean_dice"] for row in results["dynunet"]["curve"]}
+    assert f"rises from {float(curve['30']):.3f} to {float(curve['40']):.3f}" in text
+    on_the_fold = [json.loads(file.read_text()) for file in RESULTS if "-fold0-" in file.name]
+    best = max(result["summary"]["val_mean_dice"]["mean"]["mean"] for result in on_the_fold)
+    assert best == dice[1] < 0.89  # no training here has reached more
+    table = (EVIDENCE / "dynunet_report" / "comparison.md").read_text()
+    found = re.findall(r"\| dynunet .* ([\d.]+) \|\n", table)
+    assert len(found) == 4 and min(map(float, found)) > 0.05
 
 
 def test_the_end_of_the_learning_curves():
