@@ -26,13 +26,16 @@ __all__ = ["MIXER_MULTIPLE", "mixer", "scan"]
 
 MIXER_MULTIPLE = 1  # the fused mixer takes any width
 
-_STEPS, _CHANNELS = 64, 16  # of a tile of the convolution; channels also of the scan's gradients
+_STEPS, _WIDTH = 128, 32  # of a tile of the convolution
 _LANES, _STATES = 32, 16  # of a walk over a chunk: a channel for each lane of a warp, and states it keeps at a time
-_PIECE = 4  # steps whose states the backward keeps at a time
-_CHUNKS, _ELEMENTS = 128, 16  # at most, of a tile of the scan over chunks
+_AHEAD = 4  # steps whose inputs a walk in raster order loads at a time
+_CHANNELS, _PIECE = 16, 4  # of the scan's gradients: channels, and steps whose states are kept at a time
+_REGISTERS = 168  # a lane of theirs may take, so that enough of them share a multiprocessor
+_CHUNKS, _ELEMENTS = 256, 8  # at most, of a tile of the scan over chunks
+_TOGETHER = 2**22  # elements of an order, up to which the backward takes all orders at once
 _PROGRAMS = 4096  # of a warp, enough to fill a GPU
 _GATE = 1024  # elements of a program of the gate
-_TILE = {"T": _STEPS, "W": _CHANNELS}
+_TILE = {"T": _STEPS, "W": _WIDTH}
 _LOG2E = math.log2(math.e)
 
 
@@ -53,10 +56,10 @@ def scan(
     the chunks again from the right states; softplus, bias, ``D u`` and the gate fused, states in float32. Arguments and
     returns as :py:func:`.reference.scan`.
 
-    Where states grow (A > 0), they must not grow more than 2^127 times within 128 chunks, of at most 64 tokens each.
+    Where states grow (A > 0), they must not grow more than 2^127 times within 256 chunks, of at most 128 tokens each.
 
-    Autograd keeps the inputs, and the chunks' first states: 4 * n * d / 64 bytes a token for up to 128 channels, twice
-    as much for up to 256, then four times.
+    Autograd keeps the inputs, and the chunks' first states: 4 * n * d / 128 bytes a token for up to 128 channels,
+    twice as much for up to 256, then eight times.
     """
     D = A.new_zeros(A.shape[0], dtype=torch.float32) if D is None else D.float()
     bias = torch.zeros_like(D) if delta_bias is None else delta_bias.float()
@@ -81,9 +84,9 @@ def mixer(
     the three passes of the scan, the sum and the gate; the projections between are PyTorch's.
 
     Autograd keeps, in bytes a token beside the parameters, with e bytes an element of ``xz``: e * (2 d for xz + d for
-    the sum + K (2 n + dt_rank, rounded up to a multiple of 8) for B, C and dt) + K n d / 16 for the chunks' first
-    states (for up to 128 channels, twice as much for up to 256, then four times). The convolution, dt_proj and the scan
-    are recomputed.
+    the sum + K (2 n + dt_rank, rounded up to a multiple of 8) for B, C and dt) + K n d / 32 for the chunks' first
+    states (for up to 128 channels, twice as much for up to 256, then eight times). The convolution, dt_proj and the
+    scan are recomputed; of large volumes one order after the other, which takes less memory.
     """
     index = inverse = None  # all orders are the raster's
     if any(i is not None for i in indices):
@@ -92,7 +95,9 @@ def mixer(
     # B and C before dt, and rows of a multiple of 8: so they are loaded, and multiplied, in pieces of 16 bytes.
     rank = dt_proj_weight.shape[2]
     x_proj_weight = torch.cat([x_proj_weight[:, rank:], x_proj_weight[:, :rank]], dim=1)
-    x_proj_weight = F.pad(x_proj_weight, (0, 0, 0, -x_proj_weight.shape[1] % 8))
+    more = -x_proj_weight.shape[1] % 8
+    x_proj_weight = F.pad(x_proj_weight, (0, 0, 0, more))
+    dt_proj_weight = F.pad(dt_proj_weight, (0, more))
     matrices = (x_proj_weight.to(xz.dtype), dt_proj_weight.to(xz.dtype))
     vectors = (dt_proj_bias.float(), A.float(), D.float())
     return _mixer(xz.contiguous(), weight, conv_bias.float().contiguous(), *matrices, *vectors, index, inverse)[0]
@@ -229,38 +234,53 @@ def _mixer_backward(
     dout: torch.Tensor,
 ) -> list[torch.Tensor]:
     (batch, length, _), (K, taps, d) = xz.shape, conv_weight.shape
-    rank, n = dt_proj.shape[2], A.shape[2]
     with torch.cuda.device_of(xz), torch.autocast(xz.device.type, enabled=False):
         dxz, dy = torch.empty_like(xz), torch.empty_like(total)
         mixer_kernels.gate_backward[(-(-dy.numel() // _GATE),)](
             xz, total, dout.contiguous(), dy, dxz, dy.numel(), d, W=_GATE
         )
 
-        u = _convolve(xz, conv_weight, conv_bias, index)
-        run = _mixer_scan(u, packed, dt_proj, dt_bias, A, D, index)
-        du, ddelta, _, dB, dC, dA, dD = run.backward(starts, dy)
-        du, ddelta, u = (x.view(K, batch * length, d) for x in (du, ddelta, u))
-        dt_bias_gradient = ddelta.sum(1, dtype=torch.float32)
-        dpacked = torch.zeros_like(packed)
-        dpacked[..., :n] = dB.sum(0).view(K, batch * length, n)
-        dpacked[..., n : 2 * n] = dC.sum(0).view(K, batch * length, n)
-        dpacked[..., 2 * n : 2 * n + rank] = ddelta @ dt_proj
-        ddt_proj = ddelta.transpose(1, 2) @ packed[..., 2 * n : 2 * n + rank]
-        dx_proj = dpacked.transpose(1, 2) @ u
-        du.baddbmm_(dpacked, x_proj)
-
-        chunks, grid = _tiles(K * batch, length, d)
+        du = xz.new_empty(K, batch, length, d)
+        parts = [slice(k, k + 1) for k in range(K)] if du[0].numel() > _TOGETHER else [slice(0, K)]
+        gradients = []
+        by_order = [conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, index, packed]
+        by_order += [starts.unflatten(0, (K, batch)), du]
+        for part in parts:
+            gradients.append(_mixer_gradients(xz, dy, *(None if t is None else t[part] for t in by_order)))
+        chunks, grid = _tiles(batch, length, d)
         constants = _shape(index, length * 2 * d) | _TILE
-        dweight = torch.empty((K, batch * chunks, taps, d), dtype=torch.float32, device=xz.device)
-        dbias = torch.empty((K, batch * chunks, d), dtype=torch.float32, device=xz.device)
-        sizes = (batch, length, d, taps, chunks)
-        mixer_kernels.conv_backward_pre[grid](
-            xz, conv_weight, conv_bias, _or(index, xz), du, dweight, dbias, *sizes, **constants
-        )
-        mixer_kernels.conv_backward_input[(grid[0] // K,)](
+        mixer_kernels.conv_backward_input[grid](
             conv_weight, _or(index, xz), _or(inverse, xz), du, dxz, batch, K, length, d, taps, chunks, **constants
         )
-    return [dxz, dweight.sum(1), dbias.sum(1), dx_proj, ddt_proj, dt_bias_gradient, dA, dD]
+    return [dxz, *(torch.cat(gradient) for gradient in zip(*gradients))]
+
+
+def _mixer_gradients(
+    xz, dy, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, index, packed, starts, du
+) -> list[torch.Tensor]:
+    """Those of some orders' parameters; ``du`` (K, batch, L, d) becomes the gradient before the convolution's SiLU."""
+    K, batch, length, d = du.shape
+    n, taps = A.shape[2], conv_weight.shape[1]
+    u = _convolve(xz, conv_weight, conv_bias, index)
+    run = _mixer_scan(u, packed, dt_proj, dt_bias, A, D, index)
+    _, ddelta, _, dB, dC, dA, dD = run.backward(starts.flatten(0, 1), dy, du.flatten(0, 1), overwrite=True)
+    ddelta, u = (x.view(K, batch * length, d) for x in (ddelta, u))
+    dpacked = torch.empty_like(packed)
+    dpacked[..., :n] = dB.sum(0).view(K, batch * length, n)
+    dpacked[..., n : 2 * n] = dC.sum(0).view(K, batch * length, n)
+    dpacked[..., 2 * n :] = ddelta @ dt_proj
+    ddt_proj = ddelta.transpose(1, 2) @ packed[..., 2 * n :]
+    dx_proj = dpacked.transpose(1, 2) @ u
+    du.view(K, batch * length, d).baddbmm_(dpacked, x_proj)
+    chunks, grid = _tiles(K * batch, length, d)
+    dweight = torch.empty((K, batch * chunks, taps, d), dtype=torch.float32, device=xz.device)
+    dbias = torch.empty((K, batch * chunks, d), dtype=torch.float32, device=xz.device)
+    mixer_kernels.conv_backward_pre[grid](
+        xz, conv_weight, conv_bias, _or(index, xz), du, dweight, dbias, batch, length, d, taps, chunks,
+        **_shape(index, length * 2 * d), **_TILE,
+    )  # fmt: skip
+    ddt_bias = ddelta.sum(1, dtype=torch.float32)
+    return [dweight.sum(1), dbias.sum(1), dx_proj, ddt_proj, ddt_bias, dA, dD]
 
 
 @_mixer_backward.register_fake
@@ -296,12 +316,13 @@ class _Scan:
         self.A2 = (A * _LOG2E).transpose(1, 2).contiguous()
         self.D, self.bias = D.contiguous(), bias.contiguous()
         self.index = _or(index, u)
-        steps = _chunk(self.d)
-        self.chunks = -(-self.length // steps)
+        self.ahead = _AHEAD if index is None else 1  # elsewhere tokens lie apart, and nothing is gained
+        self.steps = _chunk(self.d)
+        self.chunks = -(-self.length // self.steps)
         self.grid = (self.rows * self.chunks * self.groups * -(-(self.d // self.groups) // _LANES),)
         self.gated = z is not None
         widest = max(self.d, *(self.groups * columns for columns in self.columns))
-        self.constants = {"SOFTPLUS": softplus, **_shape(index, self.length * widest), "T": steps}
+        self.constants = {"SOFTPLUS": softplus, **_shape(index, self.length * widest), "T": self.steps}
         self.walk = {"n": self.n, "N": min(_STATES, triton.next_power_of_2(self.n)), "W": _LANES, "num_warps": 1}
         self.tile_of_chunks = {"T": min(_CHUNKS, triton.next_power_of_2(self.chunks)), "W": _ELEMENTS}
         self.sizes = (self.length, self.d, self.groups)
@@ -313,7 +334,7 @@ class _Scan:
         ends, sums = self._by_chunk(self.n, self.d), self._by_chunk(self.d)
         scan_kernels.chunk_ends[self.grid](
             u, delta, bias, A2, B, self.index, ends, sums, self.batch, *self.sizes, self.chunks,
-            b_columns=self.columns[0], **self.constants, **self.walk,
+            b_columns=self.columns[0], P=self.ahead, **self.constants, **self.walk,
         )  # fmt: skip
         scan_kernels.chunk_starts[self._chunk_grid()](
             A2, ends, sums, starts, self.batch, self.d, self.n, self.chunks, **self.tile_of_chunks
@@ -323,15 +344,18 @@ class _Scan:
         total = torch.empty_like(u, dtype=torch.float32) if self.n > _STATES else y
         scan_kernels.scan_apply[self.grid](
             u, delta, bias, A2, B, C, self.D, self.z, self.index, starts, total, y, self.batch, *self.sizes,
-            self.chunks, b_columns=self.columns[0], c_columns=self.columns[1], GATED=self.gated, **self.constants,
-            **self.walk,
+            self.chunks, b_columns=self.columns[0], c_columns=self.columns[1], GATED=self.gated, P=1,
+            **self.constants, **self.walk,
         )  # fmt: skip
         return y, starts
 
-    def backward(self, starts: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def backward(
+        self, starts: torch.Tensor, dy: torch.Tensor, du: torch.Tensor | None = None, overwrite: bool = False
+    ) -> tuple[torch.Tensor, ...]:
         """
         Returns du, ddelta, dz (R, L, d), dB, dC (parts, R, L, g, n), dA (K, d, n), dD (K, d).
-        ``dy`` may have the rows of one order, which the orders then share.
+        ``dy`` may have the rows of one order, which the orders then share; ``du`` is written to where it is given, and
+        ddelta over delta with ``overwrite``.
         """
         u, delta, bias, A2, B, C = self.u, self.delta, self.bias, self.A2, self.B, self.C
         dy = dy.contiguous()
@@ -339,14 +363,16 @@ class _Scan:
         carries, sums = self._by_chunk(self.n, self.d), self._by_chunk(self.d)
         scan_kernels.chunk_carries[self.grid](
             delta, bias, A2, C, self.z, self.index, dy, carries, sums, self.batch, len(dy), *self.sizes, self.chunks,
-            c_columns=self.columns[1], GATED=self.gated, **self.constants, **self.walk,
+            c_columns=self.columns[1], GATED=self.gated, P=self.ahead, **self.constants, **self.walk,
         )  # fmt: skip
         gradients = torch.empty_like(carries)
         scan_kernels.chunk_gradients[self._chunk_grid()](
             A2, carries, sums, gradients, self.batch, self.d, self.n, self.chunks, **self.tile_of_chunks
         )
         del carries
-        du, ddelta = torch.empty_like(u), torch.empty_like(delta)
+        du = torch.empty_like(u) if du is None else du
+        # More states are gone through in several turns, which each read delta.
+        ddelta = delta if overwrite and self.n <= _STATES else torch.empty_like(delta)
         dz = torch.empty_like(self.z) if self.gated else du
         # Sums over channels: as few parts, which take memory, as keep the GPU busy.
         blocks = -(-(self.d // self.groups) // _CHANNELS)
@@ -355,11 +381,14 @@ class _Scan:
         dB, dC = (torch.empty((parts, self.rows, self.length, self.groups, self.n), **like) for _ in range(2))
         dD = self._by_chunk(self.d)
         total = torch.empty((self.rows, 3, self.length, self.d), **like) if self.n > _STATES else u
-        scan_kernels.scan_gradients[(self.rows * self.chunks * self.groups * parts,)](
-            u, delta, bias, A2, B, C, self.D, self.z, self.index, starts, dy, gradients, total, du, ddelta, dz, dB, dC,
-            dD, self.batch, len(dy), self.rows, *self.sizes, self.chunks, parts, blocks_of_part,
-            b_columns=self.columns[0], c_columns=self.columns[1], GATED=self.gated, P=_PIECE,
-            COUNT=1 if self.d // self.groups % 2 else 2, **self.constants, **{**self.walk, "W": _CHANNELS},
+        programs = self.rows * self.chunks * self.groups * parts
+        pieces = torch.empty((programs, self.steps // _PIECE, self.walk["N"], _CHANNELS), **like)
+        scan_kernels.scan_gradients[(programs,)](
+            u, delta, bias, A2, B, C, self.D, self.z, self.index, starts, dy, gradients, pieces, total, du, ddelta, dz,
+            dB, dC, dD, self.batch, len(dy), self.rows, *self.sizes, self.chunks, parts, blocks_of_part,
+            b_columns=self.columns[0], c_columns=self.columns[1], GATED=self.gated,
+            COUNT=1 if self.d // self.groups % 2 else 2, **self.constants, P=_PIECE, maxnreg=_REGISTERS,
+            **{**self.walk, "W": _CHANNELS},
         )  # fmt: skip
         K = len(A2)
         dA = gradients.view(K, -1, self.n, self.d).sum(1).transpose(1, 2).contiguous()
@@ -374,8 +403,8 @@ class _Scan:
 
 def _mixer_scan(u, packed, dt_proj, dt_bias, A, D, index) -> _Scan:
     K, batch, length, d = u.shape
-    rank, n = dt_proj.shape[2], A.shape[2]
-    delta = (packed[..., 2 * n : 2 * n + rank] @ dt_proj.transpose(1, 2)).view(K * batch, length, d)
+    n = A.shape[2]
+    delta = (packed[..., 2 * n :] @ dt_proj.transpose(1, 2)).view(K * batch, length, d)
     columns = packed.view(K * batch, length, 1, -1)
     B, C = columns[..., :n], columns[..., n : 2 * n]
     return _Scan(u.view(K * batch, length, d), delta, A, B, C, D, None, dt_bias, True, index)
@@ -395,13 +424,13 @@ def _chunk(d: int) -> int:
     Steps of a chunk. A level has the fewer tokens the more channels it has, and a GPU must be filled on each; the
     length itself is not asked, so that it may be symbolic.
     """
-    return 64 if d <= 128 else 32 if d <= 256 else 16
+    return 128 if d <= 128 else 64 if d <= 256 else 16
 
 
 def _tiles(rows: int, length: int, d: int) -> tuple[int, tuple[int]]:
     """Chunks of the convolution, and its grid."""
     chunks = -(-length // _STEPS)
-    return chunks, (rows * chunks * -(-d // _CHANNELS),)
+    return chunks, (rows * chunks * -(-d // _WIDTH),)
 
 
 def _shape(index: torch.Tensor | None, elements: int) -> dict[str, int]:

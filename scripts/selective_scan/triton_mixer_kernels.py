@@ -29,14 +29,14 @@ __all__ = ["conv_backward_input", "conv_backward_pre", "conv_forward", "gate_bac
 
 @triton.jit
 def _convolved(
-    xz, weight, bias, index, k, b, chunk, channels, valid, L, d, taps,
+    xz, weight, bias, index, k, b, chunk, channels, valid, L, d, taps: tl.constexpr,
     ORDERED: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """The causal convolution of a tile of steps (T, W), before SiLU."""
     steps = chunk * T + tl.arange(0, T)
     x = tl.zeros((T, W), dtype=tl.float32)
     x += tl.load(bias + k * d + channels, mask=valid, other=0.0)[None, :]
-    for back in range(taps):
+    for back in tl.static_range(taps):
         step = steps - back
         there = (step >= 0) & (step < L)
         token = tokens_of(index, k, step, there, L, ORDERED, WIDE)
@@ -50,7 +50,7 @@ def _convolved(
 
 @triton.jit
 def conv_forward(
-    xz, weight, bias, index, u, batch, L, d, taps, chunks,
+    xz, weight, bias, index, u, batch, L, d, taps: tl.constexpr, chunks,
     ORDERED: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """
@@ -69,7 +69,7 @@ def conv_forward(
 
 @triton.jit
 def conv_backward_pre(
-    xz, weight, bias, index, du, dweight, dbias, batch, L, d, taps, chunks,
+    xz, weight, bias, index, du, dweight, dbias, batch, L, d, taps: tl.constexpr, chunks,
     ORDERED: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """
@@ -88,7 +88,7 @@ def conv_backward_pre(
     g = tl.load(du + r * L * d + at, mask=mask, other=0.0).to(tl.float32) * s * (1.0 + x * (1.0 - s))
     tl.store(du + r * L * d + at, g.to(du.dtype.element_ty), mask=mask)
     tl.store(dbias + (r * chunks + chunk) * d + channels, tl.sum(g, axis=0), mask=valid)
-    for back in range(taps):
+    for back in tl.static_range(taps):
         step = steps - back
         there = (step >= 0) & live
         source = tokens_of(index, k, step, there, L, ORDERED, WIDE)
@@ -100,7 +100,7 @@ def conv_backward_pre(
 
 @triton.jit
 def conv_backward_input(
-    weight, index, inverse, dpre, dxz, batch, K, L, d, taps, chunks,
+    weight, index, inverse, dpre, dxz, batch, K, L, d, taps: tl.constexpr, chunks,
     ORDERED: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """
@@ -116,7 +116,7 @@ def conv_backward_input(
         step = token
         if ORDERED:
             step = tl.load(inverse + k * L + token, mask=live, other=0).to(tl.int64)
-        for ahead in range(taps):
+        for ahead in tl.static_range(taps):
             there = live & (step + ahead < L)
             target = tokens_of(index, k, step + ahead, there, L, ORDERED, WIDE)
             w = tl.load(weight + (k * taps + taps - 1 - ahead) * d + channels, mask=valid, other=0.0)

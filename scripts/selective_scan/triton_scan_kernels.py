@@ -63,61 +63,73 @@ def _channels(channels, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _step_size(delta, bias, at, valid, SOFTPLUS: tl.constexpr):
-    """The step sizes of a token's channels."""
-    dt = tl.load(delta + at, mask=valid, other=0.0).to(tl.float32) + bias
+def _step_size(delta, bias, SOFTPLUS: tl.constexpr):
+    dt = delta.to(tl.float32) + bias
     if SOFTPLUS:
         dt = _softplus(dt)
     return dt
 
 
 @triton.jit
-def _step(
-    u, delta, shift, a, B, index, k, step, live, channels, valid, s, L, d, n: tl.constexpr, row_b: tl.constexpr,
-    SOFTPLUS: tl.constexpr, ORDERED: tl.constexpr, WIDE: tl.constexpr,
+def _loaded(
+    u, delta, B, index, k, step, live, channels, valid, s, L, d, n: tl.constexpr, row_b: tl.constexpr,
+    ORDERED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """
-    What the recurrence takes at a step: its token and the places of the token's channels, the step sizes, u, the decay
-    and the row of B. Beyond the end (not ``live``) the state stays.
-    """
+    """What the recurrence takes from memory at a step: its token, delta, u and the row of B."""
     token = tokens_of(index, k, step, live, L, ORDERED, WIDE)
     at = token * d + channels
-    mask = valid & live
-    dt = tl.where(live, _step_size(delta, shift, at, mask, SOFTPLUS), 0.0)
-    x = tl.load(u + at, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(B + token * row_b + s, mask=(s < n) & live, other=0.0).to(tl.float32)
-    return token, at, dt, x, tl.exp2(a * dt[None, :]), b
+    return (
+        token,
+        tl.load(delta + at, mask=valid & live, other=0.0),
+        tl.load(u + at, mask=valid & live, other=0.0),
+        tl.load(B + token * row_b + s, mask=(s < n) & live, other=0.0),
+    )
+
+
+@triton.jit
+def _stepped(state, a, shift, live, delta, x, b, SOFTPLUS: tl.constexpr):
+    """The state after a step, the step sizes and u. Beyond the end (not ``live``) the state stays."""
+    dt = tl.where(live, _step_size(delta, shift, SOFTPLUS), 0.0)
+    x = x.to(tl.float32)
+    return tl.exp2(a * dt[None, :]) * state + (dt * x)[None, :] * b.to(tl.float32)[:, None], dt, x
 
 
 @triton.jit
 def chunk_ends(
     u, delta, bias, A2, B, index, ends, sums, batch, L, d, g, chunks, n: tl.constexpr, b_columns: tl.constexpr,
-    SOFTPLUS: tl.constexpr, ORDERED: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr, N: tl.constexpr,
-    W: tl.constexpr,
+    SOFTPLUS: tl.constexpr, ORDERED: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr, P: tl.constexpr,
+    N: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """First pass: each chunk's end state (R, chunks, n, d) if it begins at zero, and sum of dt (R, chunks, d)."""
     chunk, r, group, channels, valid = place(d, g, chunks, W)
     k = r // batch
     first = chunk.to(tl.int32) * T
+    end = tl.minimum(first + T, L)
     u += r * L * d
     delta += r * L * d
     B += (r * L * g + group) * b_columns
     shift = tl.load(bias + k * d + channels, mask=valid, other=0.0)
     for some in range(0, n, N):
         s = some + tl.arange(0, N)
-        live = (s < n)[:, None] & valid[None, :]
-        a = tl.load(A2 + (k * n + s)[:, None] * d + _channels(channels, 1), mask=live, other=0.0)
+        there = (s < n)[:, None] & valid[None, :]
+        a = tl.load(A2 + (k * n + s)[:, None] * d + _channels(channels, 1), mask=there, other=0.0)
         state = tl.zeros((N, W), dtype=tl.float32)
         total = tl.zeros((W,), dtype=tl.float32)
-        for step in range(first, tl.minimum(first + T, L)):
-            _, _, dt, x, decay, b = _step(
-                u, delta, shift, a, B, index, k, step, True, channels, valid, s, L, d, n, g * b_columns,
-                SOFTPLUS, ORDERED, WIDE,
-            )  # fmt: skip
-            state = decay * state + (dt * x)[None, :] * b[:, None]
-            total += dt
+        for piece in range(first, end, P):
+            ahead = ()
+            for i in tl.static_range(P):
+                ahead += (
+                    _loaded(
+                        u, delta, B, index, k, piece + i, piece + i < end, channels, valid, s, L, d, n, g * b_columns,
+                        ORDERED, WIDE,
+                    ),
+                )  # fmt: skip
+            for i in tl.static_range(P):
+                _, raw, x, b = ahead[i]
+                state, dt, _ = _stepped(state, a, shift, piece + i < end, raw, x, b, SOFTPLUS)
+                total += dt
         at_chunk = ((r * chunks + chunk) * n + s)[:, None] * d
-        tl.store(ends + at_chunk + _channels(channels, 1), state, mask=live)
+        tl.store(ends + at_chunk + _channels(channels, 1), state, mask=there)
         tl.store(sums + (r * chunks + chunk) * d + channels, total, mask=valid)
 
 
@@ -150,7 +162,7 @@ def chunk_starts(A2, ends, sums, starts, batch, d, n, chunks, T: tl.constexpr, W
 def scan_apply(
     u, delta, bias, A2, B, C, D, z, index, starts, total, y, batch, L, d, g, chunks, n: tl.constexpr,
     b_columns: tl.constexpr, c_columns: tl.constexpr, SOFTPLUS: tl.constexpr, GATED: tl.constexpr,
-    ORDERED: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
+    ORDERED: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr, P: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """
     Third pass: y (R, L, d), from the chunks' starts. Where there are more than N states, the sums over them are
@@ -159,6 +171,7 @@ def scan_apply(
     chunk, r, group, channels, valid = place(d, g, chunks, W)
     k = r // batch
     first = chunk.to(tl.int32) * T
+    end = tl.minimum(first + T, L)
     row = r * L * d
     u += row
     delta += row
@@ -168,34 +181,42 @@ def scan_apply(
     skip = tl.load(D + k * d + channels, mask=valid, other=0.0)
     for some in range(0, n, N):
         s = some + tl.arange(0, N)
-        live = (s < n)[:, None] & valid[None, :]
-        a = tl.load(A2 + (k * n + s)[:, None] * d + _channels(channels, 1), mask=live, other=0.0)
+        there = (s < n)[:, None] & valid[None, :]
+        a = tl.load(A2 + (k * n + s)[:, None] * d + _channels(channels, 1), mask=there, other=0.0)
         at_chunk = ((r * (chunks + 1) + chunk) * n + s)[:, None] * d
-        state = tl.load(starts + at_chunk + _channels(channels, 1), mask=live, other=0.0)
-        for step in range(first, tl.minimum(first + T, L)):
-            token, at, dt, x, decay, b = _step(
-                u, delta, shift, a, B, index, k, step, True, channels, valid, s, L, d, n, g * b_columns,
-                SOFTPLUS, ORDERED, WIDE,
-            )  # fmt: skip
-            c = tl.load(C + token * (g * c_columns) + s, mask=s < n, other=0.0).to(tl.float32)
-            state = decay * state + (dt * x)[None, :] * b[:, None]
-            out = tl.sum(state * c[:, None], axis=0)
-            if n > N:
-                out += tl.load(total + row + at, mask=valid & (some > 0), other=0.0)
-                tl.store(total + row + at, out, mask=valid)  # each lane for itself
-            out += skip * x
-            if GATED:
-                gate = tl.load(z + row + at, mask=valid, other=0.0).to(tl.float32)
-                out *= gate * tl.sigmoid(gate)
-            tl.store(y + row + at, out.to(y.dtype.element_ty), mask=valid)
+        state = tl.load(starts + at_chunk + _channels(channels, 1), mask=there, other=0.0)
+        for piece in range(first, end, P):
+            ahead, rows_c, gates = (), (), ()
+            for i in tl.static_range(P):
+                live = piece + i < end
+                here = _loaded(
+                    u, delta, B, index, k, piece + i, live, channels, valid, s, L, d, n, g * b_columns, ORDERED, WIDE,
+                )  # fmt: skip
+                ahead += (here,)
+                rows_c += (tl.load(C + here[0] * (g * c_columns) + s, mask=(s < n) & live, other=0.0),)
+                if GATED:
+                    gates += (tl.load(z + row + here[0] * d + channels, mask=valid & live, other=0.0),)
+            for i in tl.static_range(P):
+                token, raw, x, b = ahead[i]
+                at, mask = token * d + channels, valid & (piece + i < end)
+                state, _, x = _stepped(state, a, shift, piece + i < end, raw, x, b, SOFTPLUS)
+                out = tl.sum(state * rows_c[i].to(tl.float32)[:, None], axis=0)
+                if n > N:
+                    out += tl.load(total + row + at, mask=mask & (some > 0), other=0.0)
+                    tl.store(total + row + at, out, mask=mask)  # each lane for itself
+                out += skip * x
+                if GATED:
+                    gate = gates[i].to(tl.float32)
+                    out *= gate * tl.sigmoid(gate)
+                tl.store(y + row + at, out.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _output_gradient(dy, z, at, mask, GATED: tl.constexpr):
-    """The gradient of the output before the gate."""
-    g = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
+def _before_gate(g, gate, GATED: tl.constexpr):
+    """The gradient of the output before the gate, from that behind it."""
+    g = g.to(tl.float32)
     if GATED:
-        gate = tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
+        gate = gate.to(tl.float32)
         g *= gate * tl.sigmoid(gate)
     return g
 
@@ -204,7 +225,7 @@ def _output_gradient(dy, z, at, mask, GATED: tl.constexpr):
 def chunk_carries(
     delta, bias, A2, C, z, index, dy, carries, sums, batch, dy_rows, L, d, g, chunks, n: tl.constexpr,
     c_columns: tl.constexpr, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, ORDERED: tl.constexpr, WIDE: tl.constexpr,
-    T: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
+    T: tl.constexpr, P: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """
     First pass of the backward: the gradient of each chunk's start by the chunk's own outputs (R, chunks, n, d), and its
@@ -219,20 +240,29 @@ def chunk_carries(
     shift = tl.load(bias + k * d + channels, mask=valid, other=0.0)
     for some in range(0, n, N):
         s = some + tl.arange(0, N)
-        live = (s < n)[:, None] & valid[None, :]
-        a = tl.load(A2 + (k * n + s)[:, None] * d + _channels(channels, 1), mask=live, other=0.0)
+        there = (s < n)[:, None] & valid[None, :]
+        a = tl.load(A2 + (k * n + s)[:, None] * d + _channels(channels, 1), mask=there, other=0.0)
         carry = tl.zeros((N, W), dtype=tl.float32)
         total = tl.zeros((W,), dtype=tl.float32)
-        for back in range(1, steps + 1):
-            token = tokens_of(index, k, first + steps - back, True, L, ORDERED, WIDE)
-            at = token * d + channels
-            dt = _step_size(delta + row, shift, at, valid, SOFTPLUS)
-            g_y = _output_gradient(dy + row_dy, z + row, at, valid, GATED)
-            c = tl.load(C + token * (g * c_columns) + s, mask=s < n, other=0.0).to(tl.float32)
-            carry = tl.exp2(a * dt[None, :]) * (carry + g_y[None, :] * c[:, None])
-            total += dt
+        for past in range(0, steps, P):
+            ahead = ()
+            for i in tl.static_range(P):
+                live = past + i < steps
+                token = tokens_of(index, k, first + steps - 1 - past - i, live, L, ORDERED, WIDE)
+                at = token * d + channels
+                raw = tl.load(delta + row + at, mask=valid & live, other=0.0)
+                g_y = tl.load(dy + row_dy + at, mask=valid & live, other=0.0)
+                gate = tl.load(z + row + at, mask=valid & live, other=0.0) if GATED else g_y
+                c = tl.load(C + token * (g * c_columns) + s, mask=(s < n) & live, other=0.0)
+                ahead += ((raw, g_y, gate, c),)
+            for i in tl.static_range(P):
+                raw, g_y, gate, c = ahead[i]
+                dt = tl.where(past + i < steps, _step_size(raw, shift, SOFTPLUS), 0.0)
+                g_y = _before_gate(g_y, gate, GATED)
+                carry = tl.exp2(a * dt[None, :]) * (carry + g_y[None, :] * c.to(tl.float32)[:, None])
+                total += dt
         at_chunk = ((r * chunks + chunk) * n + s)[:, None] * d
-        tl.store(carries + at_chunk + _channels(channels, 1), carry, mask=live)
+        tl.store(carries + at_chunk + _channels(channels, 1), carry, mask=there)
         tl.store(sums + (r * chunks + chunk) * d + channels, total, mask=valid)
 
 
@@ -264,7 +294,7 @@ def chunk_gradients(A2, carries, sums, gradients, batch, d, n, chunks, T: tl.con
 # Compiled once for all sizes but those that vectors of channels and states follow: it takes seconds.
 @triton.jit(do_not_specialize=["batch", "dy_rows", "R", "L", "chunks", "parts", "blocks"])
 def scan_gradients(
-    u, delta, bias, A2, B, C, D, z, index, starts, dy, gradients, total, du, ddelta, dz, dB, dC, dD,
+    u, delta, bias, A2, B, C, D, z, index, starts, dy, gradients, pieces, total, du, ddelta, dz, dB, dC, dD,
     batch, dy_rows, R, L, d, g, chunks, parts, blocks, n: tl.constexpr, b_columns: tl.constexpr,
     c_columns: tl.constexpr, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, ORDERED: tl.constexpr, WIDE: tl.constexpr,
     T: tl.constexpr, P: tl.constexpr, COUNT: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
@@ -272,10 +302,10 @@ def scan_gradients(
     """
     Third pass: du, ddelta, dz (R, L, d); sums over channels dB, dC (parts, R, L, g, n); each chunk's part of dD (R,
     chunks, d), and of dA in the place of ``gradients`` (R, chunks, n, d). The chunk is walked forward for the states at
-    which its pieces of P steps begin; then, from the last piece to the first, each forward for its states and back for
-    the gradients. No atomics: a program goes through the ``blocks`` channel blocks of its part one after the other. The
-    grid is (R * chunks * g * parts,). Where there are more than N states, the sums over them are collected in ``total``
-    (R, 3, L, d), float32.
+    which its pieces of P steps begin, kept in ``pieces`` (programs, T / P, N, W), float32; then, from the last piece to
+    the first, each forward for its states and back for the gradients. No atomics: a program goes through the ``blocks``
+    channel blocks of its part one after the other. The grid is (R * chunks * g * parts,). Where there are more than N
+    states, the sums over them are collected in ``total`` (R, 3, L, d), float32.
     """
     program = tl.program_id(0)
     part, group = (program % parts).to(tl.int64), program // parts % g
@@ -292,13 +322,16 @@ def scan_gradients(
     first = chunk.to(tl.int32) * T
     end = tl.minimum(first + T, L)
     for block in range(blocks):
-        channels = group * (d // g) + (part.to(tl.int32) * blocks + block) * W + tl.arange(0, W)
+        channels_of_block = group * (d // g) + (part.to(tl.int32) * blocks + block) * W
+        channels = channels_of_block + tl.arange(0, W)
         valid = channels < (group + 1) * (d // g)
         shift = tl.load(bias + k * d + channels, mask=valid, other=0.0)
         skip = tl.load(D + k * d + channels, mask=valid, other=0.0)
         for some in range(0, n, N):
             s = some + tl.arange(0, N)
             there = (s < n)[:, None] & valid[None, :]
+            own = tl.arange(0, N)[:, None] * W + (_channels(channels, COUNT) - channels_of_block)
+            kept = pieces + program.to(tl.int64) * (T // P * N * W) + own
             a = tl.load(A2 + (k * n + s)[:, None] * d + _channels(channels, COUNT), mask=there, other=0.0)
             at_start = ((r * (chunks + 1) + chunk) * n + s)[:, None] * d + _channels(channels, COUNT)
             at_chunk = ((r * chunks + chunk) * n + s)[:, None] * d + _channels(channels, COUNT)
@@ -306,46 +339,51 @@ def scan_gradients(
             g_state = tl.load(gradients + at_chunk, mask=there, other=0.0)
             g_a = tl.zeros((N, W), dtype=tl.float32)
             g_skip = tl.zeros((W,), dtype=tl.float32)
-            pieces = ()
-            for _other in tl.static_range(T // P):
-                pieces = pieces + (state,)
-            for following in range(1, T // P):
-                for step in range(first + (following - 1) * P, tl.minimum(first + following * P, end)):
-                    _, _, dt, x, decay, b = _step(
-                        u, delta, shift, a, B, index, k, step, True, channels, valid, s, L, d, n, g * b_columns,
-                        SOFTPLUS, ORDERED, WIDE,
+            tl.store(kept, state)
+            for following in range(1, tl.cdiv(end - first, P)):
+                begin = first + (following - 1) * P
+                ahead = ()
+                for i in tl.static_range(P):
+                    ahead += (
+                        _loaded(
+                            u, delta, B, index, k, begin + i, begin + i < end, channels, valid, s, L, d, n,
+                            g * b_columns, ORDERED, WIDE,
+                        ),
                     )  # fmt: skip
-                    state = decay * state + (dt * x)[None, :] * b[:, None]
-                kept = ()
-                for other in tl.static_range(T // P):
-                    kept = kept + (tl.where(following == other, state, pieces[other]),)
-                pieces = kept
+                for i in tl.static_range(P):
+                    _, raw, x, b = ahead[i]
+                    state, _, _ = _stepped(state, a, shift, begin + i < end, raw, x, b, SOFTPLUS)
+                tl.store(kept + following * (N * W), state)
             last = tl.cdiv(end - first, P) - 1
             for past in range(last + 1):
                 piece = last - past
-                state = pieces[0]
-                for other in tl.static_range(1, T // P):
-                    state = tl.where(piece == other, pieces[other], state)
-                states, dts, xs = (state,), (), ()
+                state = tl.load(kept + piece * (N * W))
+                begin = first + piece * P
+                ahead, behind, states, dts = (), (), (state,), ()
                 for i in tl.static_range(P):
-                    step = first + piece * P + i
-                    _, _, dt, x, decay, b = _step(
-                        u, delta, shift, a, B, index, k, step, step < end, channels, valid, s, L, d, n, g * b_columns,
-                        SOFTPLUS, ORDERED, WIDE,
+                    live = begin + i < end
+                    here = _loaded(
+                        u, delta, B, index, k, begin + i, live, channels, valid, s, L, d, n, g * b_columns, ORDERED,
+                        WIDE,
                     )  # fmt: skip
-                    state = decay * state + (dt * x)[None, :] * b[:, None]
-                    states, dts, xs = states + (state,), dts + (dt,), xs + (x,)
+                    at = here[0] * d + channels
+                    g_y = tl.load(dy + row_dy + at, mask=valid & live, other=0.0)
+                    gate = tl.load(z + row + at, mask=valid & live, other=0.0) if GATED else g_y
+                    c = tl.load(C + here[0] * (g * c_columns) + s, mask=(s < n) & live, other=0.0)
+                    ahead, behind = ahead + (here,), behind + ((g_y, gate, c),)
                 for i in tl.static_range(P):
-                    step = first + piece * P + P - 1 - i
-                    live = step < end
-                    token = tokens_of(index, k, step, live, L, ORDERED, WIDE)
+                    _, raw, x, b = ahead[i]
+                    state, dt, _ = _stepped(state, a, shift, begin + i < end, raw, x, b, SOFTPLUS)
+                    states, dts = states + (state,), dts + (dt,)
+                for i in tl.static_range(P):
+                    live = begin + P - 1 - i < end
+                    token, raw, x, b = ahead[P - 1 - i]
+                    g_out, gate, c = behind[P - 1 - i]
                     at = token * d + channels
                     mask, mask_s = valid & live, (s < n) & live
-                    dt, x = dts[P - 1 - i], xs[P - 1 - i]
+                    dt, x, b, c = dts[P - 1 - i], x.to(tl.float32), b.to(tl.float32), c.to(tl.float32)
                     decay = tl.exp2(a * dt[None, :])
-                    b = tl.load(B + token * (g * b_columns) + s, mask=mask_s, other=0.0).to(tl.float32)
-                    g_y = _output_gradient(dy + row_dy, z + row, at, mask, GATED)
-                    c = tl.load(C + token * (g * c_columns) + s, mask=mask_s, other=0.0).to(tl.float32)
+                    g_y = _before_gate(g_out, gate, GATED)
                     g_state += g_y[None, :] * c[:, None]
                     g_b = tl.sum(g_state * (dt * x)[None, :], axis=1)
                     g_c = tl.sum(states[P - i] * g_y[None, :], axis=1)
@@ -368,7 +406,7 @@ def scan_gradients(
                     g_skip += g_y * x
                     g_dt = g_dt * LN2 + g_x * x
                     if SOFTPLUS:
-                        g_dt *= tl.sigmoid(tl.load(delta + at, mask=mask, other=0.0).to(tl.float32) + shift)
+                        g_dt *= tl.sigmoid(raw.to(tl.float32) + shift)
                     tl.store(ddelta + row + at, g_dt.to(ddelta.dtype.element_ty), mask=mask)
                     tl.store(du + row + at, (g_x * dt + skip * g_y).to(du.dtype.element_ty), mask=mask)
                     if GATED:
@@ -377,11 +415,10 @@ def scan_gradients(
                             out += tl.load(sum_out + at, mask=mask & (some > 0), other=0.0)
                             tl.store(sum_out + at, out, mask=mask)
                         out += skip * x
-                        gate = tl.load(z + row + at, mask=mask, other=0.0).to(tl.float32)
+                        gate = gate.to(tl.float32)
                         slope = tl.sigmoid(gate)
                         slope *= 1.0 + gate * (1.0 - slope)
-                        g_out = tl.load(dy + row_dy + at, mask=mask, other=0.0).to(tl.float32)
-                        tl.store(dz + row + at, (g_out * out * slope).to(dz.dtype.element_ty), mask=mask)
+                        tl.store(dz + row + at, (g_out.to(tl.float32) * out * slope).to(dz.dtype.element_ty), mask=mask)
             tl.store(gradients + at_chunk, g_a, mask=there)
             tl.store(dD + (r * chunks + chunk) * d + channels, g_skip, mask=valid)
             tl.debug_barrier()  # the next states and the next block add to what these have written
