@@ -16,7 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import thop
@@ -25,9 +25,10 @@ from monai.bundle import ConfigParser
 from PIL import Image
 
 from scripts.benchmark.apart import apart, run_apart
+from scripts.benchmark.composed import ComposedToM, _convolution
 from scripts.benchmark.efficiency import count, efficiency
 from scripts.benchmark.energy import co2_as_in_the_paper
-from scripts.benchmark.gpu import gpu
+from scripts.benchmark.gpu import _ratios, gpu
 from scripts.benchmark.measuring import interleaved
 from scripts.benchmark.networks import build_network, network_names
 from scripts.benchmark.page import page
@@ -36,6 +37,7 @@ from scripts.benchmark.plots import plots
 from scripts.benchmark.scaling import exponent, scaling
 from scripts.complexity import dead_parameters, flops, paper_macs, tom_macs
 from scripts.segresmamba import SegResMamba
+from scripts.selective_scan import selective_scan
 from scripts.tri_orientated_mamba import ToM
 from tests.conftest import BUNDLE_ROOT
 
@@ -64,6 +66,29 @@ def test_without_a_gpu_it_says_so(tmp_path):
     with pytest.raises(ValueError, match="no CUDA device is here"):
         gpu(output_dir=str(tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_peer_of_the_fused_tom_computes_the_same():
+    layer, x = ToM(8, scan_engine="chunked"), torch.randn(2, 8, 3, 4, 5)
+    composed = ComposedToM(layer, partial(selective_scan, engine="reference"), _convolution)
+    torch.testing.assert_close(composed(x), layer(x))
+    with pytest.raises(ValueError, match="only the orders"):
+        ComposedToM(ToM(8, residual=True), selective_scan, _convolution)
+
+
+def test_the_pages_tell_what_the_gpu_benchmark_measured(bundle_root):
+    results = json.loads((bundle_root / "docs/benchmarks/gpu-nvidia_h100_80gb_hbm3.json").read_text())
+    row = next(r for r in results["scan"] if r["size"] == [64, 64, 64] and r["dtype"] == "bfloat16")
+    scan = _ratios(row, "mamba_ssm", ("forward", "forward and backward")).split(", ")
+    tom = _ratios(results["tom"][0], "mamba_ssm", ("forward", "training")).split(", ")
+    page_of_engines = " ".join((bundle_root / "docs/engines.md").read_text().split())
+    for ratio in scan + tom:
+        assert f" {ratio} " in page_of_engines
+    readme = " ".join((bundle_root / "README.md").read_text().split())
+    assert (
+        f"takes {float(tom[0]):.1f} times the time forward and {float(tom[1]):.1f} times in training, in {tom[2]}"
+        in readme
+    )
 
 
 # --- what is counted ------------------------------------------------------------------------------------------------

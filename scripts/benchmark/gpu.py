@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from scripts.selective_scan import available_engines, selective_scan_channels_last
 from scripts.tri_orientated_mamba import ToM
 
+from .composed import ComposedToM, causal_convolution
 from .measuring import describe, file_name, interleaved, machine, wall_clock, write_results
 from .networks import build_network
 from .papers import load_papers
@@ -46,6 +47,7 @@ _TINY_NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     key: (_NETWORKS[key][0], {"channels": [8, 16], "depths": [1, 1]})
     for key in ("SegResMamba (tables)", "SegResMamba (text)")
 }
+_HEAD_START = 10_000_000  # clocks, some 5 ms, that a GPU idles while its work is launched
 _SFU_LANES = 16  # exponentials a multiprocessor finishes in a clock, from compute capability 7.0 on
 
 
@@ -76,8 +78,10 @@ def gpu(
     torch.manual_seed(0)
     bench = _Bench(torch.device(device), rounds, tiny)
     results: dict[str, Any] = {"machine": bench.machine, "ceilings": bench.ceilings()}
-    results["scan"], results["tom"], results["networks"] = bench.scan(), bench.tom(), bench.networks()
-    write_results(results, _markdown(results), f"gpu-{name or file_name(results['machine']['name'])}", output_dir)
+    results |= {"causal convolution": causal_convolution()[0], "scan": [], "tom": [], "networks": []}
+    for part in ("scan", "tom", "networks"):  # what has been measured stays, should a later part fail
+        results[part] = getattr(bench, part)()
+        write_results(results, _markdown(results), f"gpu-{name or file_name(results['machine']['name'])}", output_dir)
 
 
 class _Bench:
@@ -100,12 +104,17 @@ class _Bench:
         rate = int(self.machine["multiprocessors"]) * _SFU_LANES * int(self.machine["largest clock, MHz"]) * 1e6
         return {"bytes": 2 * source.nbytes / seconds, "exponentials": rate}
 
-    def time(self, title: str, functions: Mapping[str, Callable[[], object]], rounds: int) -> dict:
-        return interleaved(title, functions, rounds, clock=self._events if self.cuda else wall_clock)
+    def time(self, title: str, functions: Mapping[str, Callable[[], object]], rounds: int, ahead: bool = False) -> dict:
+        """``ahead``: without what the processor takes to launch, where the GPU would wait for it."""
+        clock = partial(self._events, ahead=ahead) if self.cuda else wall_clock
+        few = ["chunked"] if self.cuda else []  # a hundred times slower there
+        return interleaved(title, functions, rounds, few, clock)
 
-    def _events(self, function: Callable[[], object]) -> float:
+    def _events(self, function: Callable[[], object], ahead: bool) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        if ahead:
+            torch.cuda._sleep(_HEAD_START)
         start.record()
         function()
         end.record()
@@ -142,8 +151,8 @@ class _Bench:
                 forward = {e: partial(self._scan_forward, inputs, e) for e in self.engines}
                 both = {e: partial(self._scan_both, inputs, e) for e in self.engines}
                 title = f"scan {size[0]}^3 x {d} {row['dtype']}"
-                row["forward"] = self.time(title, forward, self.rounds)
-                row["forward and backward"] = self.time(f"{title}, backward", both, self.rounds)
+                row["forward"] = self.time(title, forward, self.rounds, ahead=True)
+                row["forward and backward"] = self.time(f"{title}, backward", both, self.rounds, ahead=True)
                 row["peak bytes"] = {e: self.peak(f) for e, f in both.items()}
                 e = torch.empty((), dtype=dtype).element_size()
                 row["bytes"] = batch * length * e * (3 * d + 2 * _STATES)
@@ -172,16 +181,23 @@ class _Bench:
         torch.autograd.grad(y, list(tensors.values()), torch.ones_like(y))
 
     def tom(self) -> list[dict]:
-        """One ToM under autocast; on ``mamba_ssm`` it is composed of that scan and explicit copies for each order."""
+        """One ToM under autocast; on ``mamba_ssm`` it is composed of that scan and copies, flipped or permuted."""
         rows = []
         for channels, size in ((8, (2, 3, 4)),) if self.tiny else ((48, (64, 64, 64)), (96, (32, 32, 32))):
+            layers: dict[str, torch.nn.Module]
             layers = {e: ToM(channels, scan_engine=e).to(self.device) for e in self.engines}
+            if "mamba_ssm" in layers:
+                from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+                parameters = ToM(channels).to(self.device)
+                layers["mamba_ssm"] = ComposedToM(parameters, selective_scan_fn, causal_convolution()[1])
             x = torch.randn(1, channels, *size, device=self.device)
             forward = {e: partial(inference_step, layer, x, self._half()) for e, layer in layers.items()}
             train = {e: partial(training_step, layer, x, self._half()) for e, layer in layers.items()}
             title = f"ToM {channels} x {size[0]}^3"
-            row = {"channels": channels, "size": size, "forward": self.time(title, forward, self.rounds)}
-            row["training"] = self.time(f"{title}, training", train, self.rounds)
+            row = {"channels": channels, "size": size}
+            row["forward"] = self.time(title, forward, self.rounds, ahead=True)
+            row["training"] = self.time(f"{title}, training", train, self.rounds, ahead=True)
             row["peak bytes"] = {e: self.peak(f) for e, f in train.items()}
             rows.append(row)
         return rows
@@ -213,6 +229,16 @@ class _Bench:
         return rows
 
 
+def _ratios(row: dict, engine: str, calls: Sequence[str]) -> str:
+    """Of an engine's times, and peak, to triton's; empty where that was not measured."""
+    if "triton" not in row[calls[0]]:
+        return ""
+    pairs = [(row[call][engine]["median"], row[call]["triton"]["median"]) for call in calls]
+    if row["peak bytes"]["triton"]:
+        pairs.append((row["peak bytes"][engine], row["peak bytes"]["triton"]))
+    return ", ".join(f"{a / b:.2f}" for a, b in pairs)
+
+
 def _markdown(results: dict) -> str:
     ceilings = results["ceilings"]
     lines = [f"Measured on {describe(results['machine'])}."]
@@ -229,8 +255,9 @@ def _markdown(results: dict) -> str:
         return f"{row['median'] * 1e3:.3f} ({row['min'] * 1e3:.3f} to {row['max'] * 1e3:.3f})"
 
     lines += ["", "**Selective scan, n 16, raster order**", ""]
-    lines += ["| shape | dtype | engine | forward, ms | forward and backward, ms | peak, MiB | of the nearer ceiling |"]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+    lines += ["| shape | dtype | engine | forward, ms | forward and backward, ms | peak, MiB | of the nearer ceiling "]
+    lines[-1] += "| forward, both, peak / triton |"
+    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
     for row in results["scan"]:
         for engine, timed in row["forward"].items():
             share = ""
@@ -239,18 +266,18 @@ def _markdown(results: dict) -> str:
                 share = f"{least / timed['median']:.0%}"
             shape = f"({row['batch']}, {' x '.join(map(str, row['size']))}, {row['d']})"
             both, peak = row["forward and backward"][engine], mib(row["peak bytes"][engine])
-            lines.append(f"| {shape} | {row['dtype']} | {engine} | {milli(timed)} | {milli(both)} | {peak} | {share} |")
+            cells = [shape, row["dtype"], engine, milli(timed), milli(both), peak, share]
+            cells.append(_ratios(row, engine, ("forward", "forward and backward")))
+            lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "**ToM, batch 1, autocast**", ""]
+    lines += [
+        "On mamba_ssm: composed of its scan, the convolution of " + results["causal convolution"] + ", and copies."
+    ]
+    lines += [""]
     lines += ["| layer | engine | forward, ms | training, ms | peak, MiB | forward, training, peak / triton |"]
     lines += ["| --- | --- | --- | --- | --- | --- |"]
     for row in results["tom"]:
         for engine, timed in row["forward"].items():
-            ratios = ""
-            if "triton" in row["forward"]:
-                pairs = [(row[key][engine]["median"], row[key]["triton"]["median"]) for key in ("forward", "training")]
-                if row["peak bytes"]["triton"]:
-                    pairs.append((row["peak bytes"][engine], row["peak bytes"]["triton"]))
-                ratios = ", ".join(f"{a / b:.2f}" for a, b in pairs)
             layer = f"{row['channels']} channels, {' x '.join(map(str, row['size']))}"
             cells = [
                 layer,
@@ -258,7 +285,7 @@ def _markdown(results: dict) -> str:
                 milli(timed),
                 milli(row["training"][engine]),
                 mib(row["peak bytes"][engine]),
-                ratios,
+                _ratios(row, engine, ("forward", "training")),
             ]
             lines.append(f"| {' | '.join(cells)} |")
     for row in results["networks"]:
