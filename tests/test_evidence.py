@@ -30,6 +30,7 @@ REPORTS = {  # results, reference, arms
     "confirmation_report": (["confirmation"], "segresmamba", ("segresmamba", "segresnet")),
     "dynunet_report": (["confirmation"], "segresmamba", ("segresmamba", "segresnet", "dynunet")),
     "without_tom_report": (["confirmation"], "segresmamba", ("segresmamba", "without_tom")),
+    "nnunet_report": (["confirmation", "nnunet"], "segresmamba", ("segresmamba", "nnunet")),
     "longer_report": (
         ["confirmation", "longer", "augmented"],
         "segresmamba",
@@ -196,6 +197,18 @@ def test_what_is_left_of_the_lead_of_dynunet():
     table = (EVIDENCE / "dynunet_report" / "comparison.md").read_text()
     found = re.findall(r"\| dynunet .* ([\d.]+) \|\n", table)
     assert len(found) == 4 and min(map(float, found)) > 0.05
+
+
+def test_what_nnunet_reached():
+    result = json.loads((EVIDENCE / "nnunet" / "nnunet-fold0.json").read_text())
+    text = " ".join((BUNDLE_ROOT / "docs" / "evidence.md").read_text().split())
+    steps = f"{result['num_epochs']} epochs of {result['iterations_per_epoch']} steps"
+    assert f"patches of {' × '.join(map(str, result['patch_size']))} voxels, batches of {result['batch_size']}" in text
+    assert f"a network of {result['parameters'] / 1e6:.1f} million parameters, and was given {steps}" in text
+    reached = result["summary"]["val_mean_dice"]["mean"]["mean"]
+    assert f"after {result['num_epochs'] * result['iterations_per_epoch']} it is behind, {reached:.4f}" in text
+    others = json.loads((EVIDENCE / "confirmation" / "segresmamba-fold0-seed0.json").read_text())
+    assert others["cases"].keys() == result["cases"].keys()
 
 
 def test_the_end_of_the_learning_curves():
