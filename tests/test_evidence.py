@@ -31,6 +31,7 @@ REPORTS = {  # results, reference, arms
     "dynunet_report": (["confirmation"], "segresmamba", ("segresmamba", "segresnet", "dynunet")),
     "without_tom_report": (["confirmation"], "segresmamba", ("segresmamba", "without_tom")),
     "nnunet_report": (["confirmation", "nnunet"], "segresmamba", ("segresmamba", "nnunet")),
+    "equal_time_report": (["confirmation"], "without_tom", ("without_tom", "segresmamba_equal_time")),
     "longer_report": (
         ["confirmation", "longer", "augmented"],
         "segresmamba",
@@ -196,6 +197,14 @@ def test_what_is_left_of_the_lead_of_dynunet():
     assert best == dice[1] < 0.89  # no training here has reached more
     table = (EVIDENCE / "dynunet_report" / "comparison.md").read_text()
     found = re.findall(r"\| dynunet .* ([\d.]+) \|\n", table)
+    assert len(found) == 4 and min(map(float, found)) > 0.05
+
+
+def test_at_equal_time_no_difference_is_found():
+    files = sorted((EVIDENCE / "confirmation").glob("segresmamba_equal_time-fold*.json"))
+    assert [json.loads(file.read_text())["fold"] for file in files] == [0, 1]  # as the page says
+    table = (EVIDENCE / "equal_time_report" / "comparison.md").read_text()
+    found = re.findall(r"\| segresmamba_equal_time .* ([\d.]+) \|\n", table)
     assert len(found) == 4 and min(map(float, found)) > 0.05
 
 
