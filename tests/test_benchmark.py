@@ -70,6 +70,9 @@ def test_without_a_gpu_it_says_so(tmp_path):
 
 def test_the_peer_of_the_fused_tom_computes_the_same():
     layer, x = ToM(8, scan_engine="chunked"), torch.randn(2, 8, 3, 4, 5)
+    with torch.no_grad():  # at the start A and D are the same for all orders
+        for p in layer.parameters():
+            p += 0.1 * torch.randn_like(p)
     composed = ComposedToM(layer, partial(selective_scan, engine="reference"), _convolution)
     torch.testing.assert_close(composed(x), layer(x))
     with pytest.raises(ValueError, match="only the orders"):
@@ -84,6 +87,11 @@ def test_the_pages_tell_what_the_gpu_benchmark_measured(bundle_root):
     page_of_engines = " ".join((bundle_root / "docs/engines.md").read_text().split())
     for ratio in scan + tom:
         assert f" {ratio} " in page_of_engines
+    least = max(row[what] / results["ceilings"][what] for what in ("bytes", "exponentials"))
+    assert f"gets to {100 * least / row['forward']['triton']['median']:.0f} % of" in page_of_engines
+    small = [_ratios(r, "mamba_ssm", ("forward", "forward and backward")) for r in results["scan"] if r["d"] == 768]
+    _, both, peaks = zip(*(map(float, ratios.split(", ")) for ratios in small))
+    assert f"{min(both):.2f} to {max(both):.2f} of the time, in {min(peaks):.2f} to {max(peaks):.2f}" in page_of_engines
     readme = " ".join((bundle_root / "README.md").read_text().split())
     assert (
         f"takes {float(tom[0]):.1f} times the time forward and {float(tom[1]):.1f} times in training, in {tom[2]}"

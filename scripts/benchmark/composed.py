@@ -72,6 +72,7 @@ class ComposedToM(nn.Module):
         layer = self.layer
         depth, height, width = x.shape[2:]
         tokens, z = layer.in_proj(layer.norm(x.flatten(2).transpose(1, 2))).transpose(1, 2).chunk(2, dim=1)
+        tokens = tokens.contiguous()
         A = -torch.exp(layer.A_log.float())
         dt_rank, n = layer.dt_proj_weight.shape[2], A.shape[2]
         total = torch.zeros((), dtype=tokens.dtype, device=x.device)

@@ -71,7 +71,7 @@ def machine(device: str | torch.device = "cpu") -> dict[str, str | int]:
         "system": platform.system(),
         "python": platform.python_version(),
     }
-    for package in ("torch", "monai", "numba", "triton"):
+    for package in ("torch", "monai", "numba", "triton", "mamba-ssm", "causal-conv1d"):
         if (version := _version(package)) is not None:
             found[package] = version
     return found

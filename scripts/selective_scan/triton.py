@@ -28,9 +28,9 @@ MIXER_MULTIPLE = 1  # the fused mixer takes any width
 
 _STEPS, _WIDTH = 128, 32  # of a tile of the convolution
 _LANES, _STATES = 32, 16  # of a walk over a chunk: a channel for each lane of a warp, and states it keeps at a time
-_AHEAD = 4  # steps whose inputs a walk in raster order loads at a time
+_AHEAD = 4  # steps whose inputs chunk_ends and chunk_carries load at a time in raster order
 _CHANNELS, _PIECE = 16, 4  # of the scan's gradients: channels, and steps whose states are kept at a time
-_REGISTERS = 168  # a lane of theirs may take, so that enough of them share a multiprocessor
+_REGISTERS = 168  # that a lane of scan_gradients may take, so that enough of them share a multiprocessor
 _CHUNKS, _ELEMENTS = 256, 8  # at most, of a tile of the scan over chunks
 _TOGETHER = 2**22  # elements of an order, up to which the backward takes all orders at once
 _PROGRAMS = 4096  # of a warp, enough to fill a GPU

@@ -354,6 +354,7 @@ def scan_gradients(
                     _, raw, x, b = ahead[i]
                     state, _, _ = _stepped(state, a, shift, begin + i < end, raw, x, b, SOFTPLUS)
                 tl.store(kept + following * (N * W), state)
+            tl.debug_barrier()  # of few states several lanes hold one
             last = tl.cdiv(end - first, P) - 1
             for past in range(last + 1):
                 piece = last - past
