@@ -477,10 +477,10 @@ class TestExtremes:
 
 class TestOrders:
     ORDERS = [*PERMUTATIONS, *SCAN_ORDERS]
-    SIZES = [(3, 4, 5), (1, 7, 2), (5, 1, 13)]
+    SIZES = [(3, 4, 5), (1, 7, 2), (5, 2, 13)]
     CASES = list(product([*NATIVE, "reference"], ORDERS, SIZES))
     if "triton" in FAST:  # all orders where it is quick, and over several chunks two
-        CASES += [*product(["triton"], ORDERS, [(2, 4, 3)]), *product(["triton"], ["hwd", "-wdh"], [(5, 1, 13)])]
+        CASES += [*product(["triton"], ORDERS, [(2, 4, 3)]), *product(["triton"], ["hwd", "-wdh"], [(5, 2, 13)])]
 
     @staticmethod
     def sequence(t: torch.Tensor, order: str, size: tuple[int, int, int]) -> torch.Tensor:

@@ -56,11 +56,16 @@ for dtype in sys.argv[2:]:
             if parameter.is_constexpr:
                 signature[argument] = "constexpr"
                 constants[argument] = dtype == "fp16" or argument == "SOFTPLUS"
-                width = 32 if walks and name != "scan_gradients" else 16
-                as_launched = {"W": width, "T": engine._chunk(96) if walks else 128, **CONSTANTS}
-                ahead = 1 if name == "scan_apply" or dtype == "fp16" else engine._AHEAD  # fp16: in an order
-                as_launched["P"] = engine._PIECE if name == "scan_gradients" else ahead
-                constants[argument] = as_launched.get(argument, constants[argument])
+                if name == "scan_gradients":
+                    tile = {"T": engine._chunk(96), "W": engine._CHANNELS, "P": engine._PIECE}
+                elif walks:
+                    ahead = 1 if name == "scan_apply" or dtype == "fp16" else engine._AHEAD  # fp16: in an order
+                    tile = {"T": engine._chunk(96), "W": engine._LANES, "P": ahead}
+                elif name in triton_scan_kernels.__all__:
+                    tile = {"T": engine._CHUNKS, "W": engine._ELEMENTS}
+                else:
+                    tile = engine._TILE if "T" in kernel.arg_names else {"W": engine._GATE}
+                constants[argument] = {**CONSTANTS, **tile}.get(argument, constants[argument])
                 if argument == "n" and dtype == "fp32":
                     constants[argument] = 40  # more states than a program holds
             elif (argument in ONES and dtype == "fp32") or (argument == "g" and dtype == "bf16"):  # as Triton a 1

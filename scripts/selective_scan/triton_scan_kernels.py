@@ -15,8 +15,9 @@ across lanes, whose shuffles would outnumber the exponentials.
 
 Names: R rows (order x batch), L tokens, d channels, g groups of B and C, n states, K orders. ``index`` (K, L) is the
 token at each step of an order; without ``ORDERED`` the order is the raster's. Arrays are contiguous, but for the rows
-of B and C: their ``token`` stride is the number of columns of the tensor that they lie in. A2 is A * log2(e),
-(K, n, d). u, delta, z, B, C, y and their gradients come in any floating dtype, all else in float32.
+of B and C: a group's is as long as the tensor that it lies in has columns. P steps are loaded at a time, or their
+states kept. A2 is A * log2(e), (K, n, d). u, delta, z, B, C, y, du, ddelta, dz come in any floating dtype, all else in
+float32.
 """
 
 from __future__ import annotations
