@@ -20,6 +20,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,10 +40,10 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from scripts.selective_scan import triton as engine, triton_mixer_kernels, triton_scan_kernels
+from scripts.selective_scan import triton_mixer, triton_mixer_kernels, triton_scan, triton_scan_kernels
 
-FLOAT = "weight bias A2 D ends sums starts carries gradients total dB dC dD dweight dbias".split()
-WHOLE = "batch dy_rows R K L d g n chunks parts blocks taps elements b_columns c_columns".split()
+FLOAT = "weight bias A2 D sums starts gradients pieces dB dC dD dweight dbias".split()
+WHOLE = "batch dy_rows R K L d g n chunks parts blocks taps elements columns b_columns c_columns".split()
 ONES = "batch R K L g n chunks parts blocks dy_rows taps elements".split()
 CONSTANTS = {"N": 16, "taps": 4, "COUNT": 2, "n": 16, "b_columns": 40, "c_columns": 40}
 done, crossing = [], []
@@ -57,14 +58,14 @@ for dtype in sys.argv[2:]:
                 signature[argument] = "constexpr"
                 constants[argument] = dtype == "fp16" or argument == "SOFTPLUS"
                 if name == "scan_gradients":
-                    tile = {"T": engine._chunk(96), "W": engine._CHANNELS, "P": engine._PIECE}
+                    tile = {"T": triton_scan._chunk(96), "W": triton_scan._CHANNELS, "P": triton_scan._PIECE}
                 elif walks:
-                    ahead = 1 if name == "scan_apply" or dtype == "fp16" else engine._AHEAD  # fp16: in an order
-                    tile = {"T": engine._chunk(96), "W": engine._LANES, "P": ahead}
+                    ahead = 1 if name == "scan_apply" or dtype == "fp16" else triton_scan._AHEAD  # fp16: in an order
+                    tile = {"T": triton_scan._chunk(96), "W": triton_scan._LANES, "P": ahead}
                 elif name in triton_scan_kernels.__all__:
-                    tile = {"T": engine._CHUNKS, "W": engine._ELEMENTS}
+                    tile = {"T": triton_scan._CHUNKS, "W": triton_scan._ELEMENTS}
                 else:
-                    tile = engine._TILE if "T" in kernel.arg_names else {"W": engine._GATE}
+                    tile = triton_mixer._TILE if "T" in kernel.arg_names else {"W": triton_mixer._GATE}
                 constants[argument] = {**CONSTANTS, **tile}.get(argument, constants[argument])
                 if argument == "n" and dtype == "fp32":
                     constants[argument] = 40  # more states than a program holds
@@ -73,14 +74,14 @@ for dtype in sys.argv[2:]:
             elif argument in WHOLE:
                 signature[argument] = "i64" if dtype == "fp16" and argument in ("L", "elements") else "i32"
             else:
-                signature[argument] = "*fp32" if argument in FLOAT else "*" + dtype
+                signature[argument] = "*fp32" if argument in FLOAT or (walks and argument == "total") else "*" + dtype
                 if argument in ("index", "inverse"):
                     signature[argument] = "*i32"
         aligned = [k for k, (name_, kind) in enumerate(signature.items()) if kind[0] == "*" or name_ == "d"]
         attrs = {(k,): [["tt.divisibility", 16]] for k in aligned}  # as at a launch
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
         options = {"num_warps": 1} if walks else {}
-        options |= {"maxnreg": engine._REGISTERS} if name == "scan_gradients" else {}
+        options |= {"maxnreg": triton_scan._REGISTERS} if name == "scan_gradients" else {}
         compiled = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options)
         assert compiled.asm["cubin"]
         done.append(name)
@@ -109,49 +110,50 @@ class TestWithoutAGPU:
         done, crossing = json.loads(result.stdout)
         assert done == (triton_scan_kernels.__all__ + triton_mixer_kernels.__all__) * len(dtypes) and not crossing
 
-    def test_offsets_of_64_bits_give_the_same(self, monkeypatch):
-        from scripts.selective_scan import triton as engine
+    @pytest.fixture
+    def engine(self, monkeypatch):
+        """The operators' modules, with chunks of 16 steps: interpreted, a step takes milliseconds."""
+        from scripts.selective_scan import triton_mixer, triton_scan
 
-        layer = ToM(8, scan_engine="triton").to(DEVICE)
-        x = torch.randn(1, 8, 4, 5, 7, device=DEVICE)  # two chunks
-        shape = engine._shape
-        results = []
-        for wide in (False, True):
-            monkeypatch.setattr(engine, "_shape", lambda index, _, wide=wide: {**shape(index, 0), "WIDE": wide})
-            layer.zero_grad()
-            y = layer(x)
-            y.square().sum().backward()
-            results.append([y.detach(), *(p.grad for p in layer.parameters())])
-        assert all(torch.equal(a, b) for a, b in zip(*results))
+        monkeypatch.setattr(triton_scan, "_chunk", lambda d: 16)
+        return SimpleNamespace(mixer=triton_mixer, scan=triton_scan)
+
+    @staticmethod
+    def gradients(layer: ToM, x: torch.Tensor) -> list[torch.Tensor]:
+        """Output, gradient of x and of every parameter."""
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        y.square().sum().backward()
+        return [y.detach(), leaf.grad, *(p.grad for p in layer.parameters())]
+
+    def test_offsets_of_64_bits_give_the_same(self, engine, monkeypatch):
+        layer, x = ToM(8, scan_engine="triton").to(DEVICE), torch.randn(1, 8, 2, 3, 4, device=DEVICE)
+        narrow = self.gradients(layer, x)
+        constants = engine.scan.shape_constants
+        for module in (engine.scan, engine.mixer):
+            monkeypatch.setattr(module, "shape_constants", lambda index, _: {**constants(index, 0), "WIDE": True})
+        assert all(torch.equal(a, b) for a, b in zip(self.gradients(layer, x), narrow))
 
     @pytest.mark.parametrize("batch", [1, 2])
-    def test_orders_one_after_the_other_give_the_same(self, monkeypatch, batch):
-        from scripts.selective_scan import triton as engine
-
+    def test_orders_one_after_the_other_give_the_same(self, engine, monkeypatch, batch):
         layer = ToM(8, scan_engine="triton").to(DEVICE)
         with torch.no_grad():  # at the start A and D are the same for all orders
             for p in layer.parameters():
                 p += 0.1 * torch.randn_like(p)
-        x, results = torch.randn(batch, 8, 4, 5, 7, device=DEVICE), []
-        for together in (0, 2**22):
-            monkeypatch.setattr(engine, "_TOGETHER", together)
-            layer.zero_grad()
-            leaf = x.clone().requires_grad_()
-            layer(leaf).square().sum().backward()
-            results.append([leaf.grad, *(p.grad for p in layer.parameters())])
-        for a, b in zip(*results):
+        x = torch.randn(batch, 8, 3, 2, 7, device=DEVICE)
+        together = self.gradients(layer, x)
+        monkeypatch.setattr(engine.mixer, "_TOGETHER", 0)
+        for a, b in zip(self.gradients(layer, x), together):
             assert (a - b).abs().max() <= 1e-6 * b.abs().max()
 
-    def test_sums_over_channels_in_one_part_or_in_many_agree(self, monkeypatch):
-        from scripts.selective_scan import triton as engine
-
-        layer = ToM(24, scan_engine="triton").to(DEVICE)
-        x, results = torch.randn(1, 24, 2, 3, 4, device=DEVICE), []
+    def test_sums_over_channels_in_one_part_or_in_many_agree(self, engine, monkeypatch):
+        layer, x = ToM(24, scan_engine="triton").to(DEVICE), torch.randn(1, 24, 1, 3, 4, device=DEVICE)
+        monkeypatch.setattr(engine.mixer, "_TOGETHER", 0)
+        results = []
         for programs in (1, 4096):
-            monkeypatch.setattr(engine, "_PROGRAMS", programs)
-            layer.zero_grad()
-            layer(x).square().sum().backward()
-            results.append([p.grad for p in layer.parameters()])
+            monkeypatch.setattr(engine.scan, "_FEW", programs)
+            results.append(self.gradients(layer, x))
         for a, b in zip(*results):
             assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
@@ -215,7 +217,8 @@ class TestCompilers:
         torch.testing.assert_close(program.module()(self.volume()), layer(self.volume()))
 
     def test_operators_keep_the_rules_of_torch_library(self):
-        from scripts.selective_scan import triton as engine
+        from scripts.selective_scan.triton_mixer import mixer_operator
+        from scripts.selective_scan.triton_scan import scan_operator
 
         def draw(*shape: int) -> torch.Tensor:
             return torch.randn(shape, device=DEVICE) * 0.3
@@ -228,12 +231,12 @@ class TestCompilers:
         inverse = torch.empty_like(index).scatter_(1, index.long(), torch.arange(L, device=DEVICE).int()[None])
         tensors = wants_gradient(draw(2, L, d), draw(2, L, d), -draw(1, d, n).abs(), draw(2, L, 1, n))
         tensors += wants_gradient(draw(2, L, 1, n), draw(1, d), draw(2, L, d), draw(1, d))
-        torch.library.opcheck(engine._scan, (*tensors, True, index))
+        torch.library.opcheck(scan_operator, (*tensors, True, index))
         tensors[6] = None
-        torch.library.opcheck(engine._scan, (*tensors, False, None))
+        torch.library.opcheck(scan_operator, (*tensors, False, None))
         tensors = wants_gradient(draw(2, L, 2 * d), draw(1, 4, d), draw(1, d), draw(1, rank + 2 * n, d))
         tensors += wants_gradient(draw(1, d, rank), draw(1, d), -draw(1, d, n).abs(), draw(1, d))
-        torch.library.opcheck(engine._mixer, (*tensors, index, inverse))
+        torch.library.opcheck(mixer_operator, (*tensors, index, inverse))
 
 
 def poison(bytes_: int = 2**30) -> None:

@@ -141,6 +141,8 @@ def release(
     content |= {file: _json(value).encode() for file, value in written.items()}
     from_above = re.sub(r"\]\((?!https?:|#)", "](docs/", card)
     content |= {"docs/README.md": card.encode(), "README.md": (front_matter() + from_above).encode()}
+    for page in [path for path in content if path.startswith("docs/") and path.endswith(".md")]:
+        content[page] = _with_links_to(content[page].decode(), set(content)).encode()
 
     file = Path(output_dir) / f"{name}_v{metadata['version']}.zip"
     info = file.with_name("model_info.json")

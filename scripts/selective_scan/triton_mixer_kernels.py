@@ -24,7 +24,14 @@ import triton.language as tl
 
 from .triton_tiles import place, tokens_of
 
-__all__ = ["conv_backward_input", "conv_backward_pre", "conv_forward", "gate_backward", "gate_forward"]
+__all__ = [
+    "conv_backward_input",
+    "conv_backward_pre",
+    "conv_forward",
+    "gate_backward_total",
+    "gate_backward_z",
+    "gate_forward",
+]
 
 
 @triton.jit
@@ -100,17 +107,21 @@ def conv_backward_pre(
 
 @triton.jit
 def conv_backward_input(
-    weight, index, inverse, dpre, dxz, batch, K, L, d, taps: tl.constexpr, chunks,
-    ORDERED: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
+    weight, index, inverse, dpre, before, dx, batch, K, L, d, columns, taps: tl.constexpr, chunks,
+    ADD: tl.constexpr, ORDERED: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """
-    Second half: dpre (K, batch, L, d) to the first d channels of dxz (batch, L, 2 d). The grid is (batch * chunks of
-    tokens * channel blocks,).
+    Second half: dpre (K, batch, L, d) to the first d channels of dx (batch, L, columns). With ``ADD``, to the sum over
+    other orders, ``before`` (batch, L, d), which dx may be. The grid is (batch * chunks of tokens * channel blocks,).
     """
     chunk, b, _, channels, valid = place(d, 1, chunks, W)
     token = chunk * T + tl.arange(0, T)
     live = token < L
+    mask = live[:, None] & valid[None, :]
     x = tl.zeros((T, W), dtype=tl.float32)
+    if ADD:
+        at = (b * L + token)[:, None] * d + channels[None, :]
+        x += tl.load(before + at, mask=mask, other=0.0).to(tl.float32)
     for order in range(K):
         k = b * 0 + order  # 64 bits wide
         step = token
@@ -124,8 +135,8 @@ def conv_backward_input(
             x += w[None, :] * tl.load(
                 dpre + (k * batch + b) * L * d + at, mask=there[:, None] & valid[None, :], other=0.0
             ).to(tl.float32)
-    at = (b * L + token)[:, None] * (2 * d) + channels[None, :]
-    tl.store(dxz + at, x.to(dxz.dtype.element_ty), mask=live[:, None] & valid[None, :])
+    at = (b * L + token)[:, None] * columns + channels[None, :]
+    tl.store(dx + at, x.to(dx.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -144,8 +155,18 @@ def gate_forward(xz, y, out, total, elements, K, d, W: tl.constexpr):
 
 
 @triton.jit
-def gate_backward(xz, total, dout, dy, dxz, elements, d, W: tl.constexpr):
-    """The gate's backward: dy (batch, L, d), and the last d channels of dxz (batch, L, 2 d)."""
+def gate_backward_total(xz, dout, dy, elements, d, W: tl.constexpr):
+    """The gate's backward: dy (batch, L, d), the gradient of ``total``."""
+    i = tl.program_id(0).to(tl.int64) * W + tl.arange(0, W)
+    mask = i < elements
+    z = tl.load(xz + i // d * (2 * d) + d + i % d, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(dout + i, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dy + i, (g * z * tl.sigmoid(z)).to(dy.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gate_backward_z(xz, total, dout, dxz, elements, d, W: tl.constexpr):
+    """The gate's backward: the last d channels of dxz (batch, L, 2 d)."""
     i = tl.program_id(0).to(tl.int64) * W + tl.arange(0, W)
     mask = i < elements
     at = i // d * (2 * d) + d + i % d
@@ -153,5 +174,4 @@ def gate_backward(xz, total, dout, dy, dxz, elements, d, W: tl.constexpr):
     g = tl.load(dout + i, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(total + i, mask=mask, other=0.0).to(tl.float32)
     s = tl.sigmoid(z)
-    tl.store(dy + i, (g * z * s).to(dy.dtype.element_ty), mask=mask)
     tl.store(dxz + at, (g * x * s * (1.0 + z * (1.0 - s))).to(dxz.dtype.element_ty), mask=mask)

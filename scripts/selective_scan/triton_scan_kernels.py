@@ -97,11 +97,14 @@ def _stepped(state, a, shift, live, delta, x, b, SOFTPLUS: tl.constexpr):
 
 @triton.jit
 def chunk_ends(
-    u, delta, bias, A2, B, index, ends, sums, batch, L, d, g, chunks, n: tl.constexpr, b_columns: tl.constexpr,
+    u, delta, bias, A2, B, index, starts, sums, batch, L, d, g, chunks, n: tl.constexpr, b_columns: tl.constexpr,
     SOFTPLUS: tl.constexpr, ORDERED: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr, P: tl.constexpr,
     N: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """First pass: each chunk's end state (R, chunks, n, d) if it begins at zero, and sum of dt (R, chunks, d)."""
+    """
+    First pass: each chunk's end state if it begins at zero, in the place of the next chunk's start (R, chunks + 1, n,
+    d), and its sum of dt (R, chunks, d).
+    """
     chunk, r, group, channels, valid = place(d, g, chunks, W)
     k = r // batch
     first = chunk.to(tl.int32) * T
@@ -129,14 +132,14 @@ def chunk_ends(
                 _, raw, x, b = ahead[i]
                 state, dt, _ = _stepped(state, a, shift, piece + i < end, raw, x, b, SOFTPLUS)
                 total += dt
-        at_chunk = ((r * chunks + chunk) * n + s)[:, None] * d
-        tl.store(ends + at_chunk + _channels(channels, 1), state, mask=there)
+        at_end = ((r * (chunks + 1) + chunk + 1) * n + s)[:, None] * d
+        tl.store(starts + at_end + _channels(channels, 1), state, mask=there)
         tl.store(sums + (r * chunks + chunk) * d + channels, total, mask=valid)
 
 
 @triton.jit
-def chunk_starts(A2, ends, sums, starts, batch, d, n, chunks, T: tl.constexpr, W: tl.constexpr):
-    """Second pass: the state at each chunk's start, and after the last, (R, chunks + 1, n, d). T counts chunks."""
+def chunk_starts(A2, sums, starts, batch, d, n, chunks, T: tl.constexpr, W: tl.constexpr):
+    """Second pass, in place: the state at each chunk's start, and after the last. T counts chunks."""
     programs = tl.cdiv(n * d, W)
     r = (tl.program_id(0) // programs).to(tl.int64)
     k = r // batch
@@ -150,11 +153,11 @@ def chunk_starts(A2, ends, sums, starts, batch, d, n, chunks, T: tl.constexpr, W
         chunk = first + row.to(tl.int64)
         mask = (chunk < chunks)[:, None] & valid[None, :]
         total = tl.load(sums + (r * chunks + chunk)[:, None] * d + (element % d)[None, :], mask=mask, other=0.0)
-        end = tl.load(ends + (r * chunks + chunk)[:, None] * n * d + element[None, :], mask=mask, other=0.0)
+        at = (r * (chunks + 1) + chunk + 1)[:, None] * n * d + element[None, :]
+        end = tl.load(starts + at, mask=mask, other=0.0)
         decay = tl.exp2(a[None, :] * total)
         end += tl.where((row == 0)[:, None], decay * state[None, :], 0.0)
         _, end = tl.associative_scan((decay, end), 0, _after)
-        at = (r * (chunks + 1) + chunk + 1)[:, None] * n * d + element[None, :]
         tl.store(starts + at, end, mask=mask)
         state = tl.sum(tl.where((row == T - 1)[:, None], end, 0.0), axis=0)
 
@@ -224,13 +227,13 @@ def _before_gate(g, gate, GATED: tl.constexpr):
 
 @triton.jit
 def chunk_carries(
-    delta, bias, A2, C, z, index, dy, carries, sums, batch, dy_rows, L, d, g, chunks, n: tl.constexpr,
+    delta, bias, A2, C, z, index, dy, gradients, sums, batch, dy_rows, L, d, g, chunks, n: tl.constexpr,
     c_columns: tl.constexpr, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, ORDERED: tl.constexpr, WIDE: tl.constexpr,
     T: tl.constexpr, P: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """
-    First pass of the backward: the gradient of each chunk's start by the chunk's own outputs (R, chunks, n, d), and its
-    sum of dt (R, chunks, d).
+    First pass of the backward: the gradient of each chunk's start by the chunk's own outputs (R, chunks + 1, n, d), and
+    its sum of dt (R, chunks, d).
     """
     chunk, r, group, channels, valid = place(d, g, chunks, W)
     k = r // batch
@@ -262,14 +265,16 @@ def chunk_carries(
                 g_y = _before_gate(g_y, gate, GATED)
                 carry = tl.exp2(a * dt[None, :]) * (carry + g_y[None, :] * c.to(tl.float32)[:, None])
                 total += dt
-        at_chunk = ((r * chunks + chunk) * n + s)[:, None] * d
-        tl.store(carries + at_chunk + _channels(channels, 1), carry, mask=there)
+        at_start = ((r * (chunks + 1) + chunk) * n + s)[:, None] * d
+        tl.store(gradients + at_start + _channels(channels, 1), carry, mask=there)
         tl.store(sums + (r * chunks + chunk) * d + channels, total, mask=valid)
 
 
 @triton.jit
-def chunk_gradients(A2, carries, sums, gradients, batch, d, n, chunks, T: tl.constexpr, W: tl.constexpr):
-    """Second pass: the gradient of the state at each chunk's end (R, chunks, n, d). T counts chunks."""
+def chunk_gradients(A2, sums, gradients, batch, d, n, chunks, T: tl.constexpr, W: tl.constexpr):
+    """
+    Second pass, in place: the gradient of the state at each chunk's end, where the next chunk starts. T counts chunks.
+    """
     programs = tl.cdiv(n * d, W)
     r = (tl.program_id(0) // programs).to(tl.int64)
     k = r // batch
@@ -278,17 +283,17 @@ def chunk_gradients(A2, carries, sums, gradients, batch, d, n, chunks, T: tl.con
     a = tl.load(A2 + k * n * d + element, mask=valid, other=0.0)
     gradient = tl.zeros((W,), dtype=tl.float32)
     row = tl.arange(0, T)
-    tl.store(gradients + (r * chunks + chunks - 1) * n * d + element, gradient, mask=valid)
+    tl.store(gradients + (r * (chunks + 1) + chunks) * n * d + element, gradient, mask=valid)
     for past in range(0, chunks, T):
         chunk = chunks - 1 - past - row.to(tl.int64)  # a scan forward, of chunks from the last to the first
         mask = (chunk >= 0)[:, None] & valid[None, :]
         total = tl.load(sums + (r * chunks + chunk)[:, None] * d + (element % d)[None, :], mask=mask, other=0.0)
-        carry = tl.load(carries + (r * chunks + chunk)[:, None] * n * d + element[None, :], mask=mask, other=0.0)
+        at = (r * (chunks + 1) + chunk)[:, None] * n * d + element[None, :]
+        carry = tl.load(gradients + at, mask=mask, other=0.0)
         decay = tl.exp2(a[None, :] * total)
         carry += tl.where((row == 0)[:, None], decay * gradient[None, :], 0.0)
         _, carry = tl.associative_scan((decay, carry), 0, _after)
-        at = (r * chunks + chunk - 1)[:, None] * n * d + element[None, :]
-        tl.store(gradients + at, carry, mask=mask & (chunk > 0)[:, None])
+        tl.store(gradients + at, carry, mask=mask)
         gradient = tl.sum(tl.where((row == T - 1)[:, None], carry, 0.0), axis=0)
 
 
@@ -302,11 +307,11 @@ def scan_gradients(
 ):  # fmt: skip
     """
     Third pass: du, ddelta, dz (R, L, d); sums over channels dB, dC (parts, R, L, g, n); each chunk's part of dD (R,
-    chunks, d), and of dA in the place of ``gradients`` (R, chunks, n, d). The chunk is walked forward for the states at
-    which its pieces of P steps begin, kept in ``pieces`` (programs, T / P, N, W), float32; then, from the last piece to
-    the first, each forward for its states and back for the gradients. No atomics: a program goes through the ``blocks``
-    channel blocks of its part one after the other. The grid is (R * chunks * g * parts,). Where there are more than N
-    states, the sums over them are collected in ``total`` (R, 3, L, d), float32.
+    chunks, d), and of dA in the place of ``gradients`` (R, chunks + 1, n, d), from the second on. The chunk is walked
+    forward for the states at which its pieces of P steps begin, kept in ``pieces`` (programs, T / P, N, W), float32;
+    then, from the last piece to the first, each forward for its states and back for the gradients. No atomics: a
+    program goes through the ``blocks`` channel blocks of its part one after the other. The grid is (R * chunks * g *
+    parts,). Where there are more than N states, the sums over them are collected in ``total`` (R, 3, L, d), float32.
     """
     program = tl.program_id(0)
     part, group = (program % parts).to(tl.int64), program // parts % g
@@ -335,9 +340,9 @@ def scan_gradients(
             kept = pieces + program.to(tl.int64) * (T // P * N * W) + own
             a = tl.load(A2 + (k * n + s)[:, None] * d + _channels(channels, COUNT), mask=there, other=0.0)
             at_start = ((r * (chunks + 1) + chunk) * n + s)[:, None] * d + _channels(channels, COUNT)
-            at_chunk = ((r * chunks + chunk) * n + s)[:, None] * d + _channels(channels, COUNT)
+            at_end = at_start + n * d
             state = tl.load(starts + at_start, mask=there, other=0.0)
-            g_state = tl.load(gradients + at_chunk, mask=there, other=0.0)
+            g_state = tl.load(gradients + at_end, mask=there, other=0.0)
             g_a = tl.zeros((N, W), dtype=tl.float32)
             g_skip = tl.zeros((W,), dtype=tl.float32)
             tl.store(kept, state)
@@ -421,6 +426,6 @@ def scan_gradients(
                         slope = tl.sigmoid(gate)
                         slope *= 1.0 + gate * (1.0 - slope)
                         tl.store(dz + row + at, (g_out.to(tl.float32) * out * slope).to(dz.dtype.element_ty), mask=mask)
-            tl.store(gradients + at_chunk, g_a, mask=there)
+            tl.store(gradients + at_end, g_a, mask=there)
             tl.store(dD + (r * chunks + chunk) * d + channels, g_skip, mask=valid)
             tl.debug_barrier()  # the next states and the next block add to what these have written
