@@ -147,6 +147,17 @@ class TestWithoutAGPU:
         for a, b in zip(self.gradients(layer, x), together):
             assert (a - b).abs().max() <= 1e-6 * b.abs().max()
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize("groups", [None, 2])
+    def test_B_and_C_in_float32_give_the_same(self, engine, monkeypatch, groups, dtype):
+        g = torch.Generator().manual_seed(0)
+        u, step, B, C = (torch.rand(2, 20, 16, generator=g).to(DEVICE, dtype) for _ in range(4))
+        B, C = (x[..., :5] if groups is None else x.unflatten(2, (groups, -1))[..., :5] for x in (B, C))  # with gaps
+        A = -torch.rand(16, 5, generator=g).to(DEVICE)
+        expected = selective_scan_channels_last(u, step, A, B, C, engine="triton")
+        monkeypatch.setattr(engine.scan, "_WIDEN", 0)
+        assert torch.equal(selective_scan_channels_last(u, step, A, B, C, engine="triton"), expected)
+
     def test_sums_over_channels_in_one_part_or_in_many_agree(self, engine, monkeypatch):
         layer, x = ToM(24, scan_engine="triton").to(DEVICE), torch.randn(1, 24, 1, 3, 4, device=DEVICE)
         monkeypatch.setattr(engine.mixer, "_TOGETHER", 0)

@@ -29,6 +29,7 @@ _LANES, _STATES = 32, 16  # of a walk over a chunk: a channel for each lane of a
 _AHEAD = 4  # steps whose inputs chunk_ends and chunk_carries load at a time in raster order
 _CHANNELS, _PIECE = 16, 4  # of the scan's gradients: channels, and steps whose states are kept at a time
 _REGISTERS = 168  # that a lane of scan_gradients may take, so that enough of them share a multiprocessor
+_WIDEN = 2**21  # elements of u, above which B and C are taken to float32 before the forward, not at each step
 _CHUNKS, _ELEMENTS = 256, 8  # at most, of a tile of the scan over chunks
 _PROGRAMS, _FEW = 4096, 2048  # of a warp, enough to fill a GPU; and where memory is short, since each takes some
 _LOG2E = math.log2(math.e)
@@ -138,12 +139,15 @@ class Scan:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns y (R, L, d) and the chunks' first states, and the last (R, chunks + 1, n, d), new or those given."""
         u, delta, bias, A2, B, C = self.u, self.delta, self.bias, self.A2, self.B, self.C
+        if u.numel() > _WIDEN and self.groups * self.n <= self.d:
+            B, C = (x.to(torch.float32, memory_format=torch.contiguous_format) for x in (B, C))
+        b_columns, c_columns = _columns(B), _columns(C)
         starts = self._states() if starts is None else starts
         y = torch.empty_like(u) if y is None else y
         sums = self._by_chunk()
         kernels.chunk_ends[self.grid](
             u, delta, bias, A2, B, self.index, starts, sums, self.batch, *self.sizes, self.chunks,
-            b_columns=self.columns[0], P=self.ahead, **self.constants, **self.walk,
+            b_columns=b_columns, P=self.ahead, **self.constants, **self.walk,
         )  # fmt: skip
         kernels.chunk_starts[self._chunk_grid()](
             A2, sums, starts, self.batch, self.d, self.n, self.chunks, **self.tile_of_chunks
@@ -151,7 +155,7 @@ class Scan:
         total = torch.empty_like(u, dtype=torch.float32) if self.n > _STATES else y
         kernels.scan_apply[self.grid](
             u, delta, bias, A2, B, C, self.D, self.z, self.index, starts, total, y, self.batch, *self.sizes,
-            self.chunks, b_columns=self.columns[0], c_columns=self.columns[1], GATED=self.gated, P=1,
+            self.chunks, b_columns=b_columns, c_columns=c_columns, GATED=self.gated, P=1,
             **self.constants, **self.walk,
         )  # fmt: skip
         return y, starts
