@@ -64,9 +64,13 @@ def no_engine_forced(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch, request):
-    """Chunks of 16 steps where kernels are interpreted; as long as on a GPU with the mark ``long_chunks``."""
+    """Chunks and tiles of 16 steps where kernels are interpreted; with the mark ``long_chunks`` as long as on a GPU."""
     if "triton" in FAST and not request.node.get_closest_marker("long_chunks"):
-        monkeypatch.setattr("scripts.selective_scan.triton_scan._chunk", lambda d: 16)
+        from scripts.selective_scan import triton_mixer, triton_scan
+
+        monkeypatch.setattr(triton_scan, "_chunk", lambda d: 16)
+        monkeypatch.setattr(triton_mixer, "_STEPS", 16)
+        monkeypatch.setitem(triton_mixer._TILE, "T", 16)
 
 
 @pytest.fixture

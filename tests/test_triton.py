@@ -27,7 +27,7 @@ import torch
 
 from scripts.phantom import make_phantom
 from scripts.segresmamba import SegResMamba
-from scripts.selective_scan import available_engines, selective_scan_channels_last
+from scripts.selective_scan import available_engines, oriented_mixer, selective_scan_channels_last
 from scripts.tri_orientated_mamba import ToM
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -62,6 +62,8 @@ for dtype in sys.argv[2:]:
                 elif walks:
                     ahead = 1 if name == "scan_apply" or dtype == "fp16" else triton_scan._AHEAD  # fp16: in an order
                     tile = {"T": triton_scan._chunk(96), "W": triton_scan._LANES, "P": ahead}
+                    if dtype == "fp16" and name in ("chunk_ends", "scan_apply"):  # as of large volumes
+                        tile |= {"b_columns": 16, "c_columns": 16}
                 elif name in triton_scan_kernels.__all__:
                     tile = {"T": triton_scan._CHUNKS, "W": triton_scan._ELEMENTS}
                 else:
@@ -74,7 +76,9 @@ for dtype in sys.argv[2:]:
             elif argument in WHOLE:
                 signature[argument] = "i64" if dtype == "fp16" and argument in ("L", "elements") else "i32"
             else:
-                signature[argument] = "*fp32" if argument in FLOAT or (walks and argument == "total") else "*" + dtype
+                wide = argument in FLOAT or (walks and argument == "total")
+                wide |= argument in ("B", "C") and constants.get("b_columns") == 16
+                signature[argument] = "*fp32" if wide else "*" + dtype
                 if argument in ("index", "inverse"):
                     signature[argument] = "*i32"
         aligned = [k for k, (name_, kind) in enumerate(signature.items()) if kind[0] == "*" or name_ == "d"]
@@ -112,10 +116,13 @@ class TestWithoutAGPU:
 
     @pytest.fixture
     def engine(self, monkeypatch):
-        """The operators' modules, with chunks of 16 steps: interpreted, a step takes milliseconds."""
+        """The operators' modules, with chunks and tiles of few steps: interpreted, a step takes milliseconds."""
         from scripts.selective_scan import triton_mixer, triton_scan
 
         monkeypatch.setattr(triton_scan, "_chunk", lambda d: 16)
+        monkeypatch.setattr(triton_scan, "_CHUNKS", 2)
+        monkeypatch.setattr(triton_mixer, "_STEPS", 16)
+        monkeypatch.setitem(triton_mixer._TILE, "T", 16)
         return SimpleNamespace(mixer=triton_mixer, scan=triton_scan)
 
     @staticmethod
@@ -135,19 +142,26 @@ class TestWithoutAGPU:
             monkeypatch.setattr(module, "shape_constants", lambda index, _: {**constants(index, 0), "WIDE": True})
         assert all(torch.equal(a, b) for a, b in zip(self.gradients(layer, x), narrow))
 
-    @pytest.mark.parametrize("batch", [1, 2])
-    def test_orders_one_after_the_other_give_the_same(self, engine, monkeypatch, batch):
-        layer = ToM(8, scan_engine="triton").to(DEVICE)
+    @pytest.mark.parametrize(
+        "batch, size, options",
+        [
+            (2, (3, 2, 7), {}),
+            (1, (3, 2, 7), {"orders": ("reverse",)}),
+            (1, (3, 2, 7), {"orders": ("forward", "-wdh"), "d_state": 20}),
+        ],
+    )
+    def test_orders_one_after_the_other_give_the_same(self, engine, monkeypatch, batch, size, options):
+        layer = ToM(8, scan_engine="triton", **options).to(DEVICE)
         with torch.no_grad():  # at the start A and D are the same for all orders
             for p in layer.parameters():
                 p += 0.1 * torch.randn_like(p)
-        x = torch.randn(batch, 8, 3, 2, 7, device=DEVICE)
+        x = torch.randn(batch, 8, *size, device=DEVICE)
         together = self.gradients(layer, x)
         monkeypatch.setattr(engine.mixer, "_TOGETHER", 0)
         for a, b in zip(self.gradients(layer, x), together):
             assert (a - b).abs().max() <= 1e-6 * b.abs().max()
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     @pytest.mark.parametrize("groups", [None, 2])
     def test_B_and_C_in_float32_give_the_same(self, engine, monkeypatch, groups, dtype):
         g = torch.Generator().manual_seed(0)
@@ -156,17 +170,42 @@ class TestWithoutAGPU:
         A = -torch.rand(16, 5, generator=g).to(DEVICE)
         expected = selective_scan_channels_last(u, step, A, B, C, engine="triton")
         monkeypatch.setattr(engine.scan, "_WIDEN", 0)
+        ends, seen = engine.scan.kernels.chunk_ends, []
+
+        class Spy:
+            def __getitem__(self, grid):
+                return lambda *args, **constants: (seen.append(args[4].dtype), ends[grid](*args, **constants))
+
+        monkeypatch.setattr(engine.scan.kernels, "chunk_ends", Spy())
         assert torch.equal(selective_scan_channels_last(u, step, A, B, C, engine="triton"), expected)
+        assert seen == [torch.float32]
+
+    @pytest.mark.parametrize("together", [0, 2**23])
+    def test_a_mixer_keeps_what_it_says(self, engine, monkeypatch, together):
+        """In bytes a token, but for the orders' indices, which all layers of a size share."""
+        monkeypatch.setattr(engine.mixer, "_TOGETHER", together)
+        layer, (d, K, n) = ToM(8, scan_engine="triton").to(DEVICE), (16, 3, 16)
+        parameters = [layer.conv_weight, layer.conv_bias, layer.x_proj_weight, layer.dt_proj_weight, layer.dt_proj_bias]
+
+        def kept(size: tuple[int, int, int]) -> int:
+            tensors, xz = {}, torch.randn(1, size[0] * size[1] * size[2], 2 * d, device=DEVICE, requires_grad=True)
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.setdefault(t.data_ptr(), t), lambda t: t):
+                oriented_mixer(xz, *parameters, -layer.A_log.exp(), layer.D, layer.orders, size, engine="triton")
+            return sum(t.numel() * t.element_size() for t in tensors.values() if t.is_floating_point())
+
+        assert kept((2, 4, 4)) - kept((1, 4, 4)) == 16 * 4 * (2 * d + d) + 4 * K * n * d  # one chunk more
 
     def test_sums_over_channels_in_one_part_or_in_many_agree(self, engine, monkeypatch):
+        """And so do they in programs for each, or in few that take one after the other."""
         layer, x = ToM(24, scan_engine="triton").to(DEVICE), torch.randn(1, 24, 1, 3, 4, device=DEVICE)
-        monkeypatch.setattr(engine.mixer, "_TOGETHER", 0)
         results = []
-        for programs in (1, 4096):
-            monkeypatch.setattr(engine.scan, "_FEW", programs)
+        for programs, resident in ((1, 1), (6, 2), (4096, 4096)):  # of 3 blocks of channels 1, 2 and 3 parts
+            monkeypatch.setattr(engine.scan, "_PROGRAMS", programs)
+            monkeypatch.setattr(engine.scan, "_RESIDENT", resident)
             results.append(self.gradients(layer, x))
-        for a, b in zip(*results):
-            assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+        for some in results[1:]:
+            for a, b in zip(some, results[0]):
+                assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
 class TestEngine:
@@ -331,7 +370,7 @@ class TestOnAGPU:
 
     def test_two_runs_are_equal_to_the_bit(self):
         torch.manual_seed(0)
-        layer, x = ToM(48, scan_engine="triton").cuda(), torch.randn(1, 48, 48, 32, 32, device="cuda")
+        layer, x = ToM(48, scan_engine="triton").cuda(), torch.randn(1, 48, 64, 64, 32, device="cuda")
         results = []
         for _ in range(2):
             layer.zero_grad()

@@ -187,13 +187,13 @@ def _tracked_files(patterns: Sequence[str] = _PATTERNS) -> dict[str, bytes]:
     return {path: (_ROOT / path).read_bytes() for path in sorted(paths)}
 
 
-def _with_links_to(card: str, held: Set[str]) -> str:
+def _with_links_to(page: str, held: Set[str]) -> str:
     """A page of docs/ with the links to files that are held; of others the text stays."""
 
     def link(found: re.Match[str]) -> str:
         return found[0] if posixpath.normpath(f"docs/{found[2]}") in held else found[1]
 
-    return re.sub(r"\[([^\]]*)\]\((?!https?:|#)([^)#]+)(?:#[^)]*)?\)", link, card)
+    return re.sub(r"\[([^\]]*)\]\((?!https?:|#)([^)#]+)(?:#[^)]*)?\)", link, page)
 
 
 def _data_license(metadata: Mapping[str, Any], own: Mapping[str, Any]) -> bytes:

@@ -72,7 +72,8 @@ def mixer(
 
     Autograd keeps, in bytes a token beside the parameters, with e bytes an element of ``xz``: e * (2 d for xz + d for
     the sum) + K n d / 32 for the chunks' first states (for up to 128 channels, twice as much for up to 256, then eight
-    times). The convolution, the projections and the scan are recomputed.
+    times). The convolution, the projections and the scan are recomputed. Order by order, the gradient of ``xz`` is
+    rounded to its dtype after each order.
     """
     index = inverse = None  # all orders are the raster's
     if any(i is not None for i in indices):

@@ -83,7 +83,7 @@ def _mixer_backward(
         dout, dy = dout.contiguous(), torch.empty_like(total)
         kernels.gate_backward_total[_gate_grid(dy)](xz, dout, dy, dy.numel(), d, W=_GATE)
         parts = _parts(K, dy.numel())
-        dx, gradients = dy, []  # dx becomes the orders' sum, and at the last that of xz
+        dx, gradients = dy, []  # dx: nothing yet, then the orders' sum, and with the last one that of all xz
         for part in parts:
             by_order = (*parameters, index, starts.unflatten(0, (K, batch)))
             du, *others = _gradients(xz, dy, *(None if t is None else t[part] for t in by_order))
@@ -146,6 +146,7 @@ def _gradients(
     run = _scan(u, packed, dt_proj, dt_bias, A, D, index)
     du, ddelta, _, dB, dC, dA, dD = run.backward(starts.flatten(0, 1), dy, lean=large)
     del run
+    over_u = du.data_ptr() == u.data_ptr()
     du, ddelta = (x.view(K, batch * length, d) for x in (du, ddelta))
     dpacked = torch.empty_like(packed)
     dpacked[..., :n] = dB.sum(0).view(K, batch * length, n)
@@ -155,7 +156,7 @@ def _gradients(
     ddt_proj = ddelta.transpose(1, 2) @ packed[..., 2 * n :]
     ddt_bias = ddelta.sum(1, dtype=torch.float32)
     del ddelta
-    if large:  # du lies over it
+    if over_u:
         u = _convolve(xz, conv_weight, conv_bias, index)
     dx_proj = dpacked.transpose(1, 2) @ u.view(K, batch * length, d)
     du.baddbmm_(dpacked, x_proj)

@@ -31,7 +31,8 @@ _CHANNELS, _PIECE = 16, 4  # of the scan's gradients: channels, and steps whose 
 _REGISTERS = 168  # that a lane of scan_gradients may take, so that enough of them share a multiprocessor
 _WIDEN = 2**21  # elements of u, above which B and C are taken to float32 before the forward, not at each step
 _CHUNKS, _ELEMENTS = 256, 8  # at most, of a tile of the scan over chunks
-_PROGRAMS, _FEW = 4096, 2048  # of a warp, enough to fill a GPU; and where memory is short, since each takes some
+_PROGRAMS = 4096  # of a warp, enough to fill a GPU
+_RESIDENT = 12  # programs of scan_gradients that a multiprocessor holds with so many registers
 _LOG2E = math.log2(math.e)
 
 
@@ -163,8 +164,8 @@ class Scan:
     def backward(self, starts: torch.Tensor, dy: torch.Tensor, lean: bool = False) -> tuple[torch.Tensor, ...]:
         """
         Returns du, ddelta, dz (R, L, d), dB, dC (parts, R, L, g, n), dA (K, d, n), dD (K, d).
-        ``dy`` may have the rows of one order, which the orders then share. ``lean`` is for large volumes: du and ddelta
-        take the place of u and delta, and sums over channels have few parts.
+        ``dy`` may have the rows of one order, which the orders then share. With ``lean`` and up to 16 states, du
+        and ddelta take the place of u and delta.
         """
         u, delta, bias, A2, B, C = self.u, self.delta, self.bias, self.A2, self.B, self.C
         dy = dy.contiguous()
@@ -182,13 +183,12 @@ class Scan:
         dz = torch.empty_like(self.z) if self.gated else du
         # Sums over channels: as few parts, which take memory, as keep the GPU busy.
         blocks = -(-(self.d // self.groups) // _CHANNELS)
-        programs = _FEW if lean else _PROGRAMS
-        blocks_of_part = -(-blocks // min(blocks, -(-programs // (self.rows * self.chunks * self.groups))))
+        blocks_of_part = -(-blocks // min(blocks, -(-_PROGRAMS // (self.rows * self.chunks * self.groups))))
         parts = -(-blocks // blocks_of_part)
         dB, dC = (torch.empty((parts, self.rows, self.length, self.groups, self.n), **like) for _ in range(2))
         dD = self._by_chunk()
         total = torch.empty((self.rows, 3, self.length, self.d), **like) if self.n > _STATES else u
-        grid = self.rows * self.chunks * self.groups * parts
+        grid = min(self.rows * self.chunks * self.groups * parts, _RESIDENT * _multiprocessors(u.device))
         pieces = torch.empty((grid, self.steps // _PIECE, self.walk["N"], _CHANNELS), **like)
         kernels.scan_gradients[(grid,)](
             u, delta, bias, A2, B, C, self.D, self.z, self.index, starts, dy, gradients, pieces, total, du, ddelta, dz,
@@ -216,6 +216,10 @@ def _chunk(d: int) -> int:
     length itself is not asked, so that it may be symbolic.
     """
     return 128 if d <= 128 else 64 if d <= 256 else 16
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def shape_constants(index: torch.Tensor | None, elements: int) -> dict[str, int]:

@@ -158,6 +158,7 @@ def chunk_starts(A2, sums, starts, batch, d, n, chunks, T: tl.constexpr, W: tl.c
         decay = tl.exp2(a[None, :] * total)
         end += tl.where((row == 0)[:, None], decay * state[None, :], 0.0)
         _, end = tl.associative_scan((decay, end), 0, _after)
+        tl.debug_barrier()  # of few chunks several lanes hold one
         tl.store(starts + at, end, mask=mask)
         state = tl.sum(tl.where((row == T - 1)[:, None], end, 0.0), axis=0)
 
@@ -293,29 +294,22 @@ def chunk_gradients(A2, sums, gradients, batch, d, n, chunks, T: tl.constexpr, W
         decay = tl.exp2(a[None, :] * total)
         carry += tl.where((row == 0)[:, None], decay * gradient[None, :], 0.0)
         _, carry = tl.associative_scan((decay, carry), 0, _after)
+        tl.debug_barrier()
         tl.store(gradients + at, carry, mask=mask)
         gradient = tl.sum(tl.where((row == T - 1)[:, None], carry, 0.0), axis=0)
 
 
-# Compiled once for all sizes but those that vectors of channels and states follow: it takes seconds.
-@triton.jit(do_not_specialize=["batch", "dy_rows", "R", "L", "chunks", "parts", "blocks"])
-def scan_gradients(
+@triton.jit
+def _gradients_of(
+    item,
     u, delta, bias, A2, B, C, D, z, index, starts, dy, gradients, pieces, total, du, ddelta, dz, dB, dC, dD,
     batch, dy_rows, R, L, d, g, chunks, parts, blocks, n: tl.constexpr, b_columns: tl.constexpr,
     c_columns: tl.constexpr, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, ORDERED: tl.constexpr, WIDE: tl.constexpr,
     T: tl.constexpr, P: tl.constexpr, COUNT: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """
-    Third pass: du, ddelta, dz (R, L, d); sums over channels dB, dC (parts, R, L, g, n); each chunk's part of dD (R,
-    chunks, d), and of dA in the place of ``gradients`` (R, chunks + 1, n, d), from the second on. The chunk is walked
-    forward for the states at which its pieces of P steps begin, kept in ``pieces`` (programs, T / P, N, W), float32;
-    then, from the last piece to the first, each forward for its states and back for the gradients. No atomics: a
-    program goes through the ``blocks`` channel blocks of its part one after the other. The grid is (R * chunks * g *
-    parts,). Where there are more than N states, the sums over them are collected in ``total`` (R, 3, L, d), float32.
-    """
-    program = tl.program_id(0)
-    part, group = (program % parts).to(tl.int64), program // parts % g
-    chunk, r = (program // (parts * g) % chunks).to(tl.int64), (program // (parts * g * chunks)).to(tl.int64)
+    """Of an item of :py:func:`scan_gradients`: a chunk of a row, a group, and a part of its channels."""
+    part, group = (item % parts).to(tl.int64), item // parts % g
+    chunk, r = (item // (parts * g) % chunks).to(tl.int64), (item // (parts * g * chunks)).to(tl.int64)
     k = r // batch
     row, row_dy = r * L * d, r % dy_rows * L * d
     sum_x, sum_dt, sum_out = total + 3 * r * L * d, total + (3 * r + 1) * L * d, total + (3 * r + 2) * L * d
@@ -337,7 +331,7 @@ def scan_gradients(
             s = some + tl.arange(0, N)
             there = (s < n)[:, None] & valid[None, :]
             own = tl.arange(0, N)[:, None] * W + (_channels(channels, COUNT) - channels_of_block)
-            kept = pieces + program.to(tl.int64) * (T // P * N * W) + own
+            kept = pieces + own
             a = tl.load(A2 + (k * n + s)[:, None] * d + _channels(channels, COUNT), mask=there, other=0.0)
             at_start = ((r * (chunks + 1) + chunk) * n + s)[:, None] * d + _channels(channels, COUNT)
             at_end = at_start + n * d
@@ -429,3 +423,29 @@ def scan_gradients(
             tl.store(gradients + at_end, g_a, mask=there)
             tl.store(dD + (r * chunks + chunk) * d + channels, g_skip, mask=valid)
             tl.debug_barrier()  # the next states and the next block add to what these have written
+
+
+# Compiled once for all sizes but those that vectors of channels and states follow: it takes seconds.
+@triton.jit(do_not_specialize=["batch", "dy_rows", "R", "L", "chunks", "parts", "blocks"])
+def scan_gradients(
+    u, delta, bias, A2, B, C, D, z, index, starts, dy, gradients, pieces, total, du, ddelta, dz, dB, dC, dD,
+    batch, dy_rows, R, L, d, g, chunks, parts, blocks, n: tl.constexpr, b_columns: tl.constexpr,
+    c_columns: tl.constexpr, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, ORDERED: tl.constexpr, WIDE: tl.constexpr,
+    T: tl.constexpr, P: tl.constexpr, COUNT: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """
+    Third pass: du, ddelta, dz (R, L, d); sums over channels dB, dC (parts, R, L, g, n); each chunk's part of dD (R,
+    chunks, d), and of dA in the place of ``gradients`` (R, chunks + 1, n, d), from the second on. The chunk is walked
+    forward for the states at which its pieces of P steps begin, kept in ``pieces`` (programs, T / P, N, W), float32;
+    then, from the last piece to the first, each forward for its states and back for the gradients. No atomics: an
+    item, one of R * chunks * g * parts, goes through the ``blocks`` channel blocks of its part one after the other.
+    The grid is as large as there are pieces: a program takes one item after the other. Where there are more than N
+    states, the sums over them are collected in ``total`` (R, 3, L, d), float32.
+    """
+    pieces += tl.program_id(0).to(tl.int64) * (T // P * N * W)
+    for item in range(tl.program_id(0), R * chunks * g * parts, tl.num_programs(0)):
+        _gradients_of(
+            item, u, delta, bias, A2, B, C, D, z, index, starts, dy, gradients, pieces, total, du, ddelta, dz, dB, dC,
+            dD, batch, dy_rows, R, L, d, g, chunks, parts, blocks, n, b_columns, c_columns, SOFTPLUS, GATED, ORDERED,
+            WIDE, T, P, COUNT, N, W,
+        )  # fmt: skip
