@@ -135,6 +135,7 @@ def test_the_sizes_in_the_text(monkeypatch):
     assert f"of {min(millions.values()):.1f} to {max(millions.values()):.1f} million parameters" in text
     assert f"{millions['tables_variant']:.1f} million parameters) gains over the text's" in text
     assert f"UNet, of {millions['unet']:.1f} million parameters" in text
+    assert f"SwinUNETR**, of {millions['swin_unetr']:.1f} million parameters" in text
 
 
 def test_the_folds_that_nothing_was_chosen_on():
@@ -163,6 +164,23 @@ def test_what_leads_the_screening():
     assert (
         f"DynUNet leads the screening**: {dice[first]:.4f}, against {dice[second]:.4f} of the best SegResMamba" in text
     )
+
+
+def test_what_swin_unetr_reached():
+    dice = {
+        arm: [
+            json.loads(file.read_text())["summary"]["val_mean_dice"]["mean"]["mean"]
+            for file in (EVIDENCE / "screening").glob(f"{arm}-fold0-seed*.json")
+        ]
+        for arm in ("swin_unetr", "base", "segresnet", "dynunet")
+    }
+    (reached,), base = dice["swin_unetr"], dice["base"]
+    ahead = reached - statistics.mean(base)
+    text = " ".join((BUNDLE_ROOT / "docs" / "evidence.md").read_text().split())
+    assert f"reaches {reached:.4f}: {ahead:.4f} more than the base arm, less than twice" in text
+    assert ahead < 2 * statistics.stdev(base)
+    others = [statistics.mean(dice[arm]) for arm in ("segresnet", "dynunet")]
+    assert f"SegResNet reaches {others[0]:.4f} and DynUNet {others[1]:.4f} after as many steps" in text
 
 
 def test_what_a_wider_path_at_full_resolution_gains():
