@@ -222,6 +222,9 @@ def test_at_equal_time_no_difference_is_found():
     files = sorted((EVIDENCE / "confirmation").glob("segresmamba_equal_time-fold*.json"))
     assert [json.loads(file.read_text())["fold"] for file in files] == [0, 1, 2, 3, 4]  # as the page says
     table = (EVIDENCE / "equal_time_report" / "comparison.md").read_text()
+    text = " ".join((BUNDLE_ROOT / "docs" / "evidence.md").read_text().split())
+    behind = re.search(r"\| segresmamba_equal_time .* -(0\.\d{4}) \[", table)[1]
+    assert f"its Dice is {behind} lower with ToM" in text
     found = re.findall(r"\| segresmamba_equal_time .* ([\d.]+) \|\n", table)
     assert len(found) == 4 and min(map(float, found)) > 0.05
 
