@@ -69,7 +69,6 @@ def short_chunks(monkeypatch, request):
         from scripts.selective_scan import triton_mixer, triton_scan
 
         monkeypatch.setattr(triton_scan, "_chunk", lambda d: 16)
-        monkeypatch.setattr(triton_mixer, "_STEPS", 16)
         monkeypatch.setitem(triton_mixer._TILE, "T", 16)
 
 

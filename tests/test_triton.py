@@ -121,7 +121,6 @@ class TestWithoutAGPU:
 
         monkeypatch.setattr(triton_scan, "_chunk", lambda d: 16)
         monkeypatch.setattr(triton_scan, "_CHUNKS", 2)
-        monkeypatch.setattr(triton_mixer, "_STEPS", 16)
         monkeypatch.setitem(triton_mixer._TILE, "T", 16)
         return SimpleNamespace(mixer=triton_mixer, scan=triton_scan)
 

@@ -75,7 +75,7 @@ class ComposedToM(nn.Module):
         tokens = tokens.contiguous()
         A = -torch.exp(layer.A_log.float())
         dt_rank, n = layer.dt_proj_weight.shape[2], A.shape[2]
-        total = torch.zeros((), dtype=tokens.dtype, device=x.device)
+        total = tokens  # replaced by the first order's
         for k, order in enumerate(layer.orders):
             u = tokens
             if order == "reverse":
@@ -93,6 +93,6 @@ class ComposedToM(nn.Module):
                 y = y.flip(-1)
             elif order == "inter_slice":
                 y = y.unflatten(2, (height * width, depth)).transpose(2, 3).flatten(2)
-            total = total + y
+            total = total + y if k else y
         y = layer.out_proj((total * F.silu(z)).transpose(1, 2))
         return y.transpose(1, 2).reshape(x.shape[0], -1, depth, height, width)

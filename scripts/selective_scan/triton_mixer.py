@@ -23,8 +23,7 @@ from .triton_scan import Scan, chunk_states, or_any, shape_constants
 
 __all__ = ["mixer_operator"]
 
-_STEPS, _WIDTH = 128, 32  # of a tile of the convolution
-_TILE = {"T": _STEPS, "W": _WIDTH}
+_TILE = {"T": 128, "W": 32}  # of the convolution: steps, channels
 _GATE = 1024  # elements of a program of the gate
 _TOGETHER = 2**23  # elements of an order, up to which all orders are taken at once; one with more fills a GPU itself
 
@@ -83,23 +82,20 @@ def _mixer_backward(
         dout, dy = dout.contiguous(), torch.empty_like(total)
         kernels.gate_backward_total[_gate_grid(dy)](xz, dout, dy, dy.numel(), d, W=_GATE)
         parts = _parts(K, dy.numel())
-        dx, gradients = dy, []  # dx: nothing yet, then the orders' sum, and with the last one that of all xz
+        before, gradients = None, []  # the sum over the orders before
         for part in parts:
             by_order = (*parameters, index, starts.unflatten(0, (K, batch)))
             du, *others = _gradients(xz, dy, *(None if t is None else t[part] for t in by_order))
             gradients.append(others)
-            before = dx
-            if part is parts[-1]:
-                dx = torch.empty_like(xz)
-            elif part is parts[0]:
-                dx = torch.empty_like(dy)
+            dx = torch.empty_like(xz if part is parts[-1] else dy)
             chunks, grid = _tiles(batch, length, d)
             kernels.conv_backward_input[grid](
-                conv_weight[part], *(xz if i is None else i[part] for i in (index, inverse)), du, before, dx,
-                batch, len(du), length, d, dx.shape[2], taps, chunks,
-                ADD=part is not parts[0], **shape_constants(index, length * 2 * d), **_TILE,
+                conv_weight[part], *(xz if i is None else i[part] for i in (index, inverse)), du,
+                or_any(before, dx), dx, batch, len(du), length, d, dx.shape[2], taps, chunks,
+                ADD=before is not None, **shape_constants(index, length * 2 * d), **_TILE,
             )  # fmt: skip
-            del du, before
+            before = dx
+            del du
         kernels.gate_backward_z[_gate_grid(total)](xz, total, dout, dx, total.numel(), d, W=_GATE)
     return [dx, *(torch.cat(gradient) for gradient in zip(*gradients))]
 
@@ -196,8 +192,8 @@ def _scan(u, packed, dt_proj, dt_bias, A, D, index) -> Scan:
 
 def _tiles(rows: int, length: int, d: int) -> tuple[int, tuple[int]]:
     """Chunks of the convolution, and its grid."""
-    chunks = -(-length // _STEPS)
-    return chunks, (rows * chunks * -(-d // _WIDTH),)
+    chunks = -(-length // _TILE["T"])
+    return chunks, (rows * chunks * -(-d // _TILE["W"]),)
 
 
 def _gate_grid(x: torch.Tensor) -> tuple[int]:

@@ -112,7 +112,7 @@ def conv_backward_input(
 ):  # fmt: skip
     """
     Second half: dpre (K, batch, L, d) to the first d channels of dx (batch, L, columns). With ``ADD``, to the sum over
-    other orders, ``before`` (batch, L, d), which dx may be. The grid is (batch * chunks of tokens * channel blocks,).
+    other orders, ``before`` (batch, L, d). The grid is (batch * chunks of tokens * channel blocks,).
     """
     chunk, b, _, channels, valid = place(d, 1, chunks, W)
     token = chunk * T + tl.arange(0, T)

@@ -49,6 +49,7 @@ def scan_operator(
     softplus: bool,
     index: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns y (R, L, d), and the states at the chunks' starts and after the last (R, chunks + 1, n, d)."""
     with torch.cuda.device_of(u):  # Triton launches on the current device
         return Scan(u, delta, A, B, C, D, z, bias, softplus, index).forward()
 
@@ -150,9 +151,7 @@ class Scan:
             u, delta, bias, A2, B, self.index, starts, sums, self.batch, *self.sizes, self.chunks,
             b_columns=b_columns, P=self.ahead, **self.constants, **self.walk,
         )  # fmt: skip
-        kernels.chunk_starts[self._chunk_grid()](
-            A2, sums, starts, self.batch, self.d, self.n, self.chunks, **self.tile_of_chunks
-        )
+        self._scan_chunks(sums, starts, back=False)
         total = torch.empty_like(u, dtype=torch.float32) if self.n > _STATES else y
         kernels.scan_apply[self.grid](
             u, delta, bias, A2, B, C, self.D, self.z, self.index, starts, total, y, self.batch, *self.sizes,
@@ -175,9 +174,7 @@ class Scan:
             delta, bias, A2, C, self.z, self.index, dy, gradients, sums, self.batch, len(dy), *self.sizes, self.chunks,
             c_columns=self.columns[1], GATED=self.gated, P=self.ahead, **self.constants, **self.walk,
         )  # fmt: skip
-        kernels.chunk_gradients[self._chunk_grid()](
-            A2, sums, gradients, self.batch, self.d, self.n, self.chunks, **self.tile_of_chunks
-        )
+        self._scan_chunks(sums, gradients, back=True)
         # More states are gone through in several turns, which each read u and delta.
         du, ddelta = (u, delta) if lean and self.n <= _STATES else (torch.empty_like(u), torch.empty_like(delta))
         dz = torch.empty_like(self.z) if self.gated else du
@@ -206,8 +203,11 @@ class Scan:
     def _by_chunk(self) -> torch.Tensor:
         return torch.empty((self.rows, self.chunks, self.d), dtype=torch.float32, device=self.u.device)
 
-    def _chunk_grid(self) -> tuple[int]:
-        return (self.rows * -(-self.n * self.d // _ELEMENTS),)
+    def _scan_chunks(self, sums: torch.Tensor, states: torch.Tensor, back: bool) -> None:
+        grid = (self.rows * -(-self.n * self.d // _ELEMENTS),)
+        kernels.chunk_scan[grid](
+            self.A2, sums, states, self.batch, self.d, self.n, self.chunks, BACK=back, **self.tile_of_chunks
+        )
 
 
 def _chunk(d: int) -> int:

@@ -27,7 +27,7 @@ import triton.language as tl
 
 from .triton_tiles import place, tokens_of
 
-__all__ = ["chunk_carries", "chunk_ends", "chunk_gradients", "chunk_starts", "scan_apply", "scan_gradients"]
+__all__ = ["chunk_carries", "chunk_ends", "chunk_scan", "scan_apply", "scan_gradients"]
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -138,8 +138,12 @@ def chunk_ends(
 
 
 @triton.jit
-def chunk_starts(A2, sums, starts, batch, d, n, chunks, T: tl.constexpr, W: tl.constexpr):
-    """Second pass, in place: the state at each chunk's start, and after the last. T counts chunks."""
+def chunk_scan(A2, sums, states, batch, d, n, chunks, BACK: tl.constexpr, T: tl.constexpr, W: tl.constexpr):
+    """
+    Second pass, in place (R, chunks + 1, n, d): from the chunks' own end states to the state at each chunk's start, and
+    after the last; with ``BACK`` from the gradients of their starts to that of the state at each chunk's end, where the
+    next one starts. T counts chunks.
+    """
     programs = tl.cdiv(n * d, W)
     r = (tl.program_id(0) // programs).to(tl.int64)
     k = r // batch
@@ -148,19 +152,21 @@ def chunk_starts(A2, sums, starts, batch, d, n, chunks, T: tl.constexpr, W: tl.c
     a = tl.load(A2 + k * n * d + element, mask=valid, other=0.0)
     state = tl.zeros((W,), dtype=tl.float32)
     row = tl.arange(0, T)
-    tl.store(starts + r * (chunks + 1) * n * d + element, state, mask=valid)
-    for first in range(0, chunks, T):
-        chunk = first + row.to(tl.int64)
-        mask = (chunk < chunks)[:, None] & valid[None, :]
+    begin = chunks if BACK else 0
+    tl.store(states + (r * (chunks + 1) + begin) * n * d + element, state, mask=valid)
+    for past in range(0, chunks, T):
+        step = past + row.to(tl.int64)
+        mask = (step < chunks)[:, None] & valid[None, :]
+        chunk = chunks - 1 - step if BACK else step
+        at = (r * (chunks + 1) + (chunk if BACK else chunk + 1))[:, None] * n * d + element[None, :]
         total = tl.load(sums + (r * chunks + chunk)[:, None] * d + (element % d)[None, :], mask=mask, other=0.0)
-        at = (r * (chunks + 1) + chunk + 1)[:, None] * n * d + element[None, :]
-        end = tl.load(starts + at, mask=mask, other=0.0)
+        own = tl.load(states + at, mask=mask, other=0.0)
         decay = tl.exp2(a[None, :] * total)
-        end += tl.where((row == 0)[:, None], decay * state[None, :], 0.0)
-        _, end = tl.associative_scan((decay, end), 0, _after)
+        own += tl.where((row == 0)[:, None], decay * state[None, :], 0.0)
+        _, own = tl.associative_scan((decay, own), 0, _after)
         tl.debug_barrier()  # of few chunks several lanes hold one
-        tl.store(starts + at, end, mask=mask)
-        state = tl.sum(tl.where((row == T - 1)[:, None], end, 0.0), axis=0)
+        tl.store(states + at, own, mask=mask)
+        state = tl.sum(tl.where((row == T - 1)[:, None], own, 0.0), axis=0)
 
 
 @triton.jit
@@ -269,34 +275,6 @@ def chunk_carries(
         at_start = ((r * (chunks + 1) + chunk) * n + s)[:, None] * d
         tl.store(gradients + at_start + _channels(channels, 1), carry, mask=there)
         tl.store(sums + (r * chunks + chunk) * d + channels, total, mask=valid)
-
-
-@triton.jit
-def chunk_gradients(A2, sums, gradients, batch, d, n, chunks, T: tl.constexpr, W: tl.constexpr):
-    """
-    Second pass, in place: the gradient of the state at each chunk's end, where the next chunk starts. T counts chunks.
-    """
-    programs = tl.cdiv(n * d, W)
-    r = (tl.program_id(0) // programs).to(tl.int64)
-    k = r // batch
-    element = tl.program_id(0) % programs * W + tl.arange(0, W)  # of (n, d)
-    valid = element < n * d
-    a = tl.load(A2 + k * n * d + element, mask=valid, other=0.0)
-    gradient = tl.zeros((W,), dtype=tl.float32)
-    row = tl.arange(0, T)
-    tl.store(gradients + (r * (chunks + 1) + chunks) * n * d + element, gradient, mask=valid)
-    for past in range(0, chunks, T):
-        chunk = chunks - 1 - past - row.to(tl.int64)  # a scan forward, of chunks from the last to the first
-        mask = (chunk >= 0)[:, None] & valid[None, :]
-        total = tl.load(sums + (r * chunks + chunk)[:, None] * d + (element % d)[None, :], mask=mask, other=0.0)
-        at = (r * (chunks + 1) + chunk)[:, None] * n * d + element[None, :]
-        carry = tl.load(gradients + at, mask=mask, other=0.0)
-        decay = tl.exp2(a[None, :] * total)
-        carry += tl.where((row == 0)[:, None], decay * gradient[None, :], 0.0)
-        _, carry = tl.associative_scan((decay, carry), 0, _after)
-        tl.debug_barrier()
-        tl.store(gradients + at, carry, mask=mask)
-        gradient = tl.sum(tl.where((row == T - 1)[:, None], carry, 0.0), axis=0)
 
 
 @triton.jit
