@@ -50,6 +50,12 @@ def load(*names: str | Path) -> dict:
 # --- configs that stand alone -----------------------------------------------------------------------------------------
 
 
+def _anchors(page):
+    """Of the headings of a Markdown page, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("task", TASKS, ids=lambda file: file.stem)
 def test_merged_configs_are_those_of_a_run(task):
     """With the task alone, and with all options that training, evaluation and inference all take."""
@@ -230,8 +236,10 @@ def test_what_it_holds(released, trained):
     assert {"monai", "medical"} <= set(front["tags"])
     assert f"{summary['val_mean_dice']['mean']['mean']:.3f} ± " in card and released.arguments["url"] in card
     for page in released.root.rglob("*.md"):
-        for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
-            assert (page.parent / link).exists(), f"{page}: {link}"
+        for link, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)", page.read_text()):
+            linked = page.parent / link if link else page
+            assert linked.exists(), f"{page}: {link}"
+            assert not anchor or anchor[1:] in _anchors(linked), f"{page}: {link}{anchor}"
 
     sbom = json.loads((released.root / "sbom.cdx.json").read_text())
     assert (sbom["bomFormat"], sbom["specVersion"]) == ("CycloneDX", "1.5")

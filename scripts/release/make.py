@@ -191,9 +191,11 @@ def _with_links_to(page: str, held: Set[str]) -> str:
     """A page of docs/ with the links to files that are held; of others the text stays."""
 
     def link(found: re.Match[str]) -> str:
-        return found[0] if posixpath.normpath(f"docs/{found[2]}") in held else found[1]
+        file = posixpath.normpath(f"docs/{found[2]}")
+        # README.md of a release is the card, which has not the repository's headings.
+        return found[0] if file in held and not (found[3] and file == "README.md") else found[1]
 
-    return re.sub(r"\[([^\]]*)\]\((?!https?:|#)([^)#]+)(?:#[^)]*)?\)", link, page)
+    return re.sub(r"\[([^\]]*)\]\((?!https?:|#)([^)#]+)(#[^)]*)?\)", link, page)
 
 
 def _data_license(metadata: Mapping[str, Any], own: Mapping[str, Any]) -> bytes:
