@@ -55,7 +55,7 @@ def load_datalist(
 
     The labelled cases are sorted by file name, shuffled by ``seed`` and dealt out to ``num_folds`` folds, so that the
     split depends on the names alone, whatever the order in dataset.json and wherever the folder lies. Cases of one
-    patient, where the layout tells, stay together.
+    patient stay together where the layout tells them, the Decathlon's by an entry's "group" in dataset.json.
 
     Args:
         dataset_dir: the data set's folder.
@@ -99,16 +99,16 @@ def load_datalist(
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
     if fold >= num_folds:
         raise ValueError(f"fold must be from 0 to {num_folds - 1} where num_folds={num_folds}, got {fold}.")
-    groups = list(dict.fromkeys(item.get("group", index) for index, item in enumerate(items)))
+    patients = [index if item.get("group") is None else item["group"] for index, item in enumerate(items)]
+    groups = list(dict.fromkeys(patients))
     if len(groups) < num_folds:
+        what = "labelled cases" if len(groups) == len(items) else "groups of labelled cases"
         raise ValueError(
-            f"{dataset_dir} lists {len(groups)} labelled cases, too few for num_folds={num_folds}: lower num_folds."
+            f"{dataset_dir} lists {len(groups)} {what}, too few for num_folds={num_folds}: lower num_folds."
         )
     folds = partition_dataset(range(len(groups)), num_partitions=num_folds, shuffle=True, seed=seed)
     held_out = {groups[index] for index in folds[fold]}
-    return [
-        item for index, item in enumerate(items) if (item.get("group", index) in held_out) == (subset == "validation")
-    ]
+    return [item for item, patient in zip(items, patients) if (patient in held_out) == (subset == "validation")]
 
 
 def _case_name(item: dict) -> str:
@@ -281,6 +281,8 @@ def _load_items(dataset_dir: str | os.PathLike, key: str) -> list[dict]:
                 )
     items = load_decathlon_datalist(path, is_segmentation=True, data_list_key=key, base_dir=path.parent)
     for item in items:
+        if item.get("group") is not None:
+            item["group"] = str(item["group"])  # a number would be taken for that of a case without one
         if key == "test" and "label" not in item:
             label = path.parent / "labelsTs" / _label_name(item["image"])
             if label.is_file():

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from monai.utils import ensure_tuple
+from scipy.stats import t as student_t
 from scipy.stats import wilcoxon
 
 from scripts.evaluation import read_cases, statistics
@@ -227,8 +228,8 @@ def report(
 ) -> None:
     """
     Compare evaluations: comparison.md and comparison.csv with a row for each, comparison.png with box plots, and, of
-    the runner's results, on the folds that all have, runs.md with what each seed of an arm reached, and
-    learning_curves.png.
+    the runner's results, on the folds that all have, runs.md with what each seed of an arm reached, folds.md with each
+    fold where there are several, and learning_curves.png.
 
     Args:
         results: folders, see :py:func:`read_evaluations`.
@@ -265,7 +266,9 @@ def report(
     shared = set.intersection(*({run["fold"] for run in mine} for mine in runs.values()))
     runs = {arm: [run for run in mine if run["fold"] in shared] for arm, mine in runs.items()}
     if all(runs.values()):
-        write_text(output / "runs.md", _runs_table(runs))
+        write_text(output / "runs.md", _runs_table(runs, comparison.reference))
+        if len(shared) > 1:
+            write_text(output / "folds.md", _folds_table(runs, comparison.reference))
         save_figure(_draw_curves(runs), output / "learning_curves.png")
     print(table)
     if comparison.left_out:
@@ -303,20 +306,54 @@ def _runs(folder: str | os.PathLike) -> list[dict[str, Any]]:
     return [content for content in contents if "arm" in content]
 
 
-def _runs_table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """The spread between seeds is the yardstick for differences between arms."""
-    lines = [
-        "| | folds | seeds | mean Dice of each seed | their standard deviation |",
-        "| --- " * 5 + "|",
-    ]
+def _means(runs: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
+    """Mean Dice of the cases by "seed" or "fold"."""
+    found: dict[int, list[float]] = defaultdict(list)
+    for run in runs:
+        found[run[key]].extend(case["val_mean_dice"]["mean"] for case in run["cases"].values())
+    return {k: float(np.mean(values)) for k, values in sorted(found.items())}
+
+
+def _runs_table(runs: Mapping[str, Sequence[Mapping[str, Any]]], reference: str) -> str:
+    """
+    Beside the difference to the reference, where an arm has several seeds, what seeds alone make of it in 95 of 100
+    cases: from the standard deviation pooled over the arms, by Student's t.
+    """
+    means = {arm: list(_means(mine, "seed").values()) for arm, mine in runs.items()}
+    freedom = sum(len(values) - 1 for values in means.values())
+    head = ["", "folds", "seeds", "mean Dice of each seed", "their standard deviation"]
+    lines = []
+    if freedom:
+        squares = sum(float(np.sum((np.array(values) - np.mean(values)) ** 2)) for values in means.values())
+        bound = float(student_t.ppf(0.975, freedom)) * (squares / freedom) ** 0.5
+        head.append(f"difference to {reference} ± what seeds alone make of it")
     for arm, mine in runs.items():
-        by_seed: dict[int, list[float]] = {}
-        for run in mine:
-            by_seed.setdefault(run["seed"], []).extend(case["val_mean_dice"]["mean"] for case in run["cases"].values())
-        means = [float(np.mean(values)) for values in by_seed.values()]
-        spread = f"{np.std(means, ddof=1):.4f}" if len(means) > 1 else ""
-        cells = [arm, len({run["fold"] for run in mine}), len(means), ", ".join(f"{mean:.4f}" for mean in means)]
-        lines.append(f"| {' | '.join(str(cell) for cell in (*cells, spread))} |")
+        values = means[arm]
+        spread = f"{np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+        cells = [arm, len({run["fold"] for run in mine}), len(values), ", ".join(f"{v:.4f}" for v in values), spread]
+        if freedom and arm == reference:
+            cells.append("")
+        elif freedom:
+            chance = bound * (1 / len(values) + 1 / len(means[reference])) ** 0.5
+            cells.append(f"{np.mean(values) - np.mean(means[reference]):+.4f} ± {chance:.4f}")
+        lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
+    return "\n".join([f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *lines]) + "\n"
+
+
+def _folds_table(runs: Mapping[str, Sequence[Mapping[str, Any]]], reference: str) -> str:
+    """The mean of the folds' differences to the reference, with its 95 % interval over the folds by Student's t."""
+    means = {arm: _means(mine, "fold") for arm, mine in runs.items()}
+    folds = list(means[reference])
+    head = ["mean Dice", *(f"fold {fold}" for fold in folds), f"difference to {reference} [95 % CI over folds]"]
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    for arm, values in means.items():
+        cells = [arm, *(f"{values[fold]:.4f}" for fold in folds), ""]
+        if arm != reference:
+            differences = [values[fold] - means[reference][fold] for fold in folds]
+            mean, error = np.mean(differences), np.std(differences, ddof=1) / len(folds) ** 0.5
+            half = student_t.ppf(0.975, len(folds) - 1) * error
+            cells[-1] = f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]"
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -97,6 +97,27 @@ def test_folds_are_disjoint_and_cover_all_cases(tmp_path, num_folds):
     assert sorted(held_out) == everything
 
 
+def test_cases_of_one_patient_stay_together(tmp_path):
+    """Numbered patients beside cases that name none, and one that says null."""
+    folder = write_dataset(tmp_path / "set", num_cases=11)
+    content = json.loads((folder / "dataset.json").read_text())["training"]
+    for case, group in zip(content, (10, 10, 10, 7, 7, "b", "b", None)):
+        case["group"] = group
+    rewrite_json(folder, training=content)
+    held_out = []
+    for fold in range(7):
+        train = names(load_datalist(folder, "training", fold=fold, num_folds=7))
+        val = names(load_datalist(folder, "validation", fold=fold, num_folds=7))
+        assert not set(train) & set(val) and len(train + val) == 11
+        held_out.append(set(val))
+    for together in ((0, 1, 2), (3, 4), (5, 6)):
+        assert any({f"case{k}.nii.gz" for k in together} <= fold for fold in held_out)
+    assert {"case9.nii.gz"} in held_out  # by itself, though its place in the list is 10
+    assert names(load_datalist(folder, "test", test_cases=["b"])) == ["case5.nii.gz", "case6.nii.gz"]
+    with pytest.raises(ValueError, match="lists 7 groups of labelled cases, too few for num_folds=8"):
+        load_datalist(folder, num_folds=8)
+
+
 def test_split_ignores_the_order_in_the_file_and_the_place_of_the_folder(tmp_path):
     one, two = write_dataset(tmp_path / "zz" / "set", 11), write_dataset(tmp_path / "a", 11)
     rewrite_json(two, training=json.loads((two / "dataset.json").read_text())["training"][::-1])

@@ -16,7 +16,7 @@ import json
 import numpy as np
 import pytest
 from matplotlib.image import imread
-from scipy.stats import wilcoxon
+from scipy.stats import ttest_rel, wilcoxon
 
 from scripts.report import Comparison, holm, read_evaluations, report
 
@@ -125,8 +125,22 @@ def test_results_of_the_runner(tmp_path):
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert text.index("| other |") < text.index("| base |") and "+0.1500" in text
     runs = (tmp_path / "out" / "runs.md").read_text()
-    assert "| base | 1 | 2 | 0.8000, 0.9000 | 0.0707 |" in runs and "| other | 1 | 1 | 0.7000 |  |" in runs
+    assert "| base | 1 | 2 | 0.8000, 0.9000 | 0.0707 | +0.1500 ± 1.1004 |" in runs  # 12.706, t's quantile, 0.0707, √1.5
+    assert "| other | 1 | 1 | 0.7000 |  |  |" in runs and not (tmp_path / "out" / "folds.md").exists()
     assert (tmp_path / "out" / "learning_curves.png").stat().st_size > 5000
+
+
+def test_folds(tmp_path):
+    """Each fold's mean, and the interval of the differences as a paired t-test has it."""
+    reached = {"base": (0.80, 0.82, 0.84), "other": (0.81, 0.85, 0.84)}
+    for arm, folds in reached.items():
+        for fold, dice in enumerate(folds):
+            result(tmp_path, arm, fold, 0, [f"{fold}_{k}" for k in range(10)], [dice] * 10)
+    report(str(tmp_path), output_dir=str(tmp_path / "out"), reference="base")
+    interval = ttest_rel(reached["other"], reached["base"]).confidence_interval()
+    table = (tmp_path / "out" / "folds.md").read_text()
+    assert "| base | 0.8000 | 0.8200 | 0.8400 |  |" in table
+    assert f"| other | 0.8100 | 0.8500 | 0.8400 | +0.0133 [{interval.low:+.4f}, {interval.high:+.4f}] |" in table
 
 
 def test_what_cannot_be_compared_is_one_clear_error(tmp_path, evaluations):
