@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from monai.utils import ensure_tuple, optional_import
 
 from scripts.layouts import layout_cases
 
-__all__ = ["check_dataset", "dataset_channels", "dataset_classes", "load_datalist"]
+__all__ = ["case_groups", "check_dataset", "dataset_channels", "dataset_classes", "load_datalist"]
 
 _SUBSETS = ("training", "validation", "all", "test")
 _LAYOUT = (
@@ -99,8 +99,8 @@ def load_datalist(
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
     if fold >= num_folds:
         raise ValueError(f"fold must be from 0 to {num_folds - 1} where num_folds={num_folds}, got {fold}.")
-    patients = [index if item.get("group") is None else item["group"] for index, item in enumerate(items)]
-    groups = list(dict.fromkeys(patients))
+    own_group = case_groups(items)
+    groups = list(dict.fromkeys(own_group))
     if len(groups) < num_folds:
         what = "labelled cases" if len(groups) == len(items) else "groups of labelled cases"
         raise ValueError(
@@ -108,7 +108,18 @@ def load_datalist(
         )
     folds = partition_dataset(range(len(groups)), num_partitions=num_folds, shuffle=True, seed=seed)
     held_out = {groups[index] for index in folds[fold]}
-    return [item for item, patient in zip(items, patients) if (patient in held_out) == (subset == "validation")]
+    return [item for item, group in zip(items, own_group) if (group in held_out) == (subset == "validation")]
+
+
+def case_groups(items: Sequence[Mapping[str, Any]]) -> list[int | str]:
+    """
+    Args:
+        items: cases, see :py:func:`load_datalist`.
+
+    Returns:
+        what the cases of one patient have in common: their "group", or the place in the list of a case without one.
+    """
+    return [index if item.get("group") is None else item["group"] for index, item in enumerate(items)]
 
 
 def _case_name(item: dict) -> str:

@@ -26,7 +26,7 @@ from monai.apps.auto3dseg import DataAnalyzer
 
 from scripts.benchmark.measuring import free_gb
 from scripts.benchmark.memory import WIDTHS, step_bytes
-from scripts.datalist import check_dataset, dataset_channels, dataset_classes, load_datalist
+from scripts.datalist import case_groups, check_dataset, dataset_channels, dataset_classes, load_datalist
 from scripts.output import write_text
 
 __all__ = ["Statistics", "analyze", "plan", "task_overlay"]
@@ -49,6 +49,7 @@ class Statistics:
         class_names: background first.
         channels: what dataset.json calls each channel of the images, such as "CT" or "T1".
         cases: number of labelled cases.
+        groups: number of groups of them, such as the images of one patient, which no split parts.
         spacing: voxel sizes in mm of each case, shape (cases, 3).
         shape: voxels of each case, shape (cases, 3).
         cropped_shape: voxels of the box around its intensities above 0, shape (cases, 3).
@@ -60,6 +61,7 @@ class Statistics:
     class_names: Sequence[str]
     channels: Sequence[str]
     cases: int
+    groups: int
     spacing: np.ndarray
     shape: np.ndarray
     cropped_shape: np.ndarray
@@ -116,6 +118,7 @@ def analyze(dataset_dir: str | os.PathLike) -> Statistics:
         class_names=list(classes.values()),
         channels=[str(name) for name in (modality.values() if isinstance(modality, dict) else modality)],
         cases=len(cases),
+        groups=len(set(case_groups(cases))),
         spacing=np.array([image["spacing"] for image in images], dtype=float).reshape(-1, 3),
         shape=np.array([image["shape"][0] for image in images]),
         cropped_shape=np.array([image["cropped_shape"][0] for image in images]),
@@ -144,16 +147,17 @@ def task_overlay(found: Statistics, dataset_dir: str | os.PathLike, memory_gb: f
         a task overlay in YAML, with a comment on each choice.
 
     Raises:
-        ValueError: When there are fewer than two cases, or not even the smallest patch fits into the memory.
+        ValueError: When there are fewer than two cases or groups of them, or the memory is too small for any patch.
     """
-    if found.cases < 2:
-        raise ValueError(f"{dataset_dir} has one labelled case: a training needs another to validate on.")
+    if found.groups < 2:
+        what = "labelled case" if found.cases < 2 else "group of labelled cases"
+        raise ValueError(f"{dataset_dir} has one {what}: a training needs another to validate on.")
     spacing = _spacing(found.spacing)
     shape = found.cropped_shape if found.is_zero_outside else found.shape
     median = np.round(np.median(shape * found.spacing, axis=0) / spacing)
     finest = spacing.min()
     stem = [1 if step >= _COARSE * finest else 2 for step in spacing]
-    num_folds = min(5, found.cases)
+    num_folds = min(5, found.groups)
     width, patch, batch, need = _patch(median, spacing, stem, found, memory_gb)
     steps = math.ceil(found.cases * (num_folds - 1) // num_folds / batch)  # an epoch with one fold held out
     epochs = math.ceil(_STEPS / steps)
@@ -161,7 +165,7 @@ def task_overlay(found: Statistics, dataset_dir: str | os.PathLike, memory_gb: f
     lines = [
         f"# Planned by scripts.plan from {found.cases} cases for {memory_gb:g} GB. Each choice may be changed.",
         f"dataset_dir: {json.dumps(str(Path(dataset_dir).expanduser().resolve()))}",
-        f"num_folds: {num_folds}  # five, or one for each case; fold 0 is held out to validate on",
+        f"num_folds: {num_folds}  # five, or one for each case or group; fold 0 is held out to validate on",
         f"class_names: {json.dumps(list(found.class_names))}  # of dataset.json, here for images without one",
         f"in_channels: {len(found.channels)}  # {', '.join(found.channels)}",
         *_intensity_lines(found),

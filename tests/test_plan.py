@@ -43,6 +43,7 @@ def statistics(**changes) -> Statistics:
         class_names=["background", "liver"],
         channels=["CT"],
         cases=cases,
+        groups=cases,
         spacing=np.ones((cases, 3)),
         shape=np.full((cases, 3), 200),
         cropped_shape=np.full((cases, 3), 200),
@@ -65,7 +66,7 @@ def planned(memory_gb: float = 8.0, **changes) -> dict:
 def test_statistics_are_those_of_the_images(phantoms):
     found = analyze(phantoms)
     images = [nib.as_closest_canonical(nib.load(file)) for file in sorted((phantoms / "imagesTr").iterdir())]
-    assert found.cases == len(images) == 4
+    assert found.cases == found.groups == len(images) == 4
     assert np.allclose(found.spacing, [image.header.get_zooms() for image in images], atol=1e-4)
     assert np.array_equal(found.shape, [image.shape for image in images])
     labels = [nib.as_closest_canonical(nib.load(file)) for file in sorted((phantoms / "labelsTr").iterdir())]
@@ -158,15 +159,18 @@ def test_the_measured_memory_is_within_the_model():
 
 
 def test_small_images_and_few_cases():
-    found = planned(cases=3, shape=np.full((3, 3), 20), spacing=np.ones((3, 3)))
+    found = planned(cases=3, groups=3, shape=np.full((3, 3), 20), spacing=np.ones((3, 3)))
     assert found["patch_size"] == [24, 24, 24] and found["batch_size"] == found["num_folds"] == 3
+    assert planned(groups=4)["num_folds"] == 4
 
 
 def test_what_cannot_be_planned_is_one_clear_error(phantoms, tmp_path):
     with pytest.raises(ValueError, match="memory_gb=0.1 is too little: the smallest patch takes"):
         planned(0.1)
     with pytest.raises(ValueError, match="one labelled case"):
-        planned(cases=1, shape=np.full((1, 3), 20), spacing=np.ones((1, 3)))
+        planned(cases=1, groups=1, shape=np.full((1, 3), 20), spacing=np.ones((1, 3)))
+    with pytest.raises(ValueError, match="one group of labelled cases"):
+        planned(groups=1)
     with pytest.raises(ValueError, match="ends in .yaml"):
         plan(str(phantoms), str(tmp_path / "mine.json"))
     with pytest.raises(FileNotFoundError, match="does not exist"):
