@@ -135,11 +135,16 @@ def experiments(
         arms: run these alone; none for all.
 
     Raises:
-        ValueError: When the plan is malformed, or as :py:func:`run_all`.
+        ValueError: When the plan is malformed or has none of ``arms``, or as :py:func:`run_all`.
         FileNotFoundError: As :py:func:`run_all`.
         ChildProcessError: When a training or an evaluation fails; the last lines of its log are in the message.
     """
-    runs = [run for run in planned_runs(plan) if not arms or run.arm in ensure_tuple(arms)]
+    wanted = [arm for text in ensure_tuple(arms) for arm in str(text).split(",")]  # as one where it has "lr_1e-3"
+    planned = list(planned_runs(plan))
+    unknown = set(wanted).difference(run.arm for run in planned)
+    if unknown:
+        raise ValueError(f"{plan}: there is no arm {sorted(unknown)[0]!r}, which arms names.")
+    runs = [run for run in planned if not arms or run.arm in wanted]
     run_all(runs, dataset_dir, output_dir, results_dir, hours, parallel)
 
 

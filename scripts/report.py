@@ -242,7 +242,8 @@ def report(
         ValueError: When there is nothing to compare, two are called the same, or ``reference`` is none of them.
     """
     found: dict[str, Cases] = {}
-    own_names, arms = list(ensure_tuple(names)), ensure_tuple(arms)
+    # The command line keeps a list with names such as lr_1e-3 as one text.
+    own_names, arms = ([name for text in ensure_tuple(x) for name in str(text).split(",")] for x in (names, arms))
     for folder in results:
         for name, cases in read_evaluations(folder).items():
             name = own_names.pop(0) if own_names else name

@@ -116,6 +116,8 @@ def test_an_arm_that_evaluates_the_weights_of_another(tmp_path):
     places = [str(tmp_path / name) for name in ("data", "runs", "results")]
     with pytest.raises(FileNotFoundError, match="plain-fold0-seed0 holds no training: run plain there"):
         experiments(str(plan), *places, arms="flipped")
+    with pytest.raises(ValueError, match="there is no arm 'fliped'"):
+        experiments(str(plan), *places, arms="flipped,fliped")
     trained_itself = {key: value for key, value in flipped.settings.items() if key != "weights_of"}
     for file, before in (
         (tmp_path / "results" / "flipped-fold0-seed0.json", trained_itself),

@@ -121,7 +121,7 @@ def test_results_of_the_runner(tmp_path):
     result(tmp_path, "base", 1, 0, ["of_another_fold"], [0.1])
     found = read_evaluations(tmp_path)
     assert found["base"]["val_mean_dice"][CASES[0]]["liver"] == pytest.approx(0.85)
-    report(str(tmp_path), output_dir=str(tmp_path / "out"), arms=["other", "base"])
+    report(str(tmp_path), output_dir=str(tmp_path / "out"), arms="other,base")  # as the command line may have it
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert text.index("| other |") < text.index("| base |") and "+0.1500" in text
     runs = (tmp_path / "out" / "runs.md").read_text()
