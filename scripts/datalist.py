@@ -67,7 +67,7 @@ def load_datalist(
         seed: seed of the shuffle.
         layout: "decathlon", or one of :py:data:`scripts.layouts.LAYOUTS`.
         test_cases: names of labelled cases, the image's file name without suffix, or of patients, that belong to no
-            fold: they are the "test" subset then.
+            fold: they are the "test" subset then, with the other cases of their patients.
 
     Returns:
         Dicts sorted by file name with the absolute paths "image" (a string or a list of strings) and "label" (a string)
@@ -86,11 +86,13 @@ def load_datalist(
     else:
         items = layout_cases(dataset_dir, layout, labelled=not unlabelled)
     if test_cases:
-        names = [{_case_name(item), item.get("group")} for item in items]
-        unknown = set(test_cases).difference(*names)
+        wanted, names = set(map(str, test_cases)), [{_case_name(item), item.get("group")} for item in items]
+        unknown = wanted.difference(*names)
         if unknown:
             raise ValueError(f"{dataset_dir} has no case {sorted(unknown)[0]!r}, which test_cases names.")
-        items = [item for item, own in zip(items, names) if (not own.isdisjoint(test_cases)) == (subset == "test")]
+        own_group = case_groups(items)
+        tested = {group for group, own in zip(own_group, names) if not own.isdisjoint(wanted)}
+        items = [item for item, group in zip(items, own_group) if (group in tested) == (subset == "test")]
     if subset in ("all", "test"):
         return items
 
@@ -119,7 +121,7 @@ def case_groups(items: Sequence[Mapping[str, Any]]) -> list[int | str]:
     Returns:
         what the cases of one patient have in common: their "group", or the place in the list of a case without one.
     """
-    return [index if item.get("group") is None else item["group"] for index, item in enumerate(items)]
+    return [item.get("group", index) for index, item in enumerate(items)]
 
 
 def _case_name(item: dict) -> str:
@@ -292,12 +294,14 @@ def _load_items(dataset_dir: str | os.PathLike, key: str) -> list[dict]:
                 )
     items = load_decathlon_datalist(path, is_segmentation=True, data_list_key=key, base_dir=path.parent)
     for item in items:
-        if item.get("group") is not None:
-            item["group"] = str(item["group"])  # a number would be taken for that of a case without one
         if key == "test" and "label" not in item:
             label = path.parent / "labelsTs" / _label_name(item["image"])
             if label.is_file():
                 item["label"] = str(label)
+    if any(item.get("group") is not None for item in items):  # then all have one: batches are made of equal keys
+        for item in items:
+            group = item.get("group")
+            item["group"] = ensure_tuple(item["image"])[0] if group is None else str(group)
     folders = {
         os.path.dirname(file) for item in items for k in ("image", "label") for file in ensure_tuple(item.get(k, ()))
     }

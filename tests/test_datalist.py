@@ -113,7 +113,9 @@ def test_cases_of_one_patient_stay_together(tmp_path):
     for together in ((0, 1, 2), (3, 4), (5, 6)):
         assert any({f"case{k}.nii.gz" for k in together} <= fold for fold in held_out)
     assert {"case9.nii.gz"} in held_out  # by itself, though its place in the list is 10
-    assert names(load_datalist(folder, "test", test_cases=["b"])) == ["case5.nii.gz", "case6.nii.gz"]
+    for test_cases, tested in ((["b"], (5, 6)), ([7], (3, 4)), (["case0"], (0, 1, 2)), (["case8"], (8,))):
+        assert names(load_datalist(folder, "test", test_cases=test_cases)) == [f"case{k}.nii.gz" for k in tested]
+    assert len({frozenset(item) for item in load_datalist(folder, "all")}) == 1  # keys, which a batch has in common
     with pytest.raises(ValueError, match="lists 7 groups of labelled cases, too few for num_folds=8"):
         load_datalist(folder, num_folds=8)
 

@@ -80,7 +80,13 @@ def test_cases_without_foreground_do_not_move_the_window(phantoms, tmp_path):
     label = sorted((tmp_path / "data" / "labelsTr").iterdir())[0]
     volume = nib.load(label)
     nib.save(nib.Nifti1Image(np.zeros(volume.shape, np.uint8), volume.affine), label)
-    low, high = analyze(tmp_path / "data").intensity[0]
+    content = json.loads((tmp_path / "data" / "dataset.json").read_text())
+    for case in content["training"][:2]:
+        case["group"] = "twins"
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps(content))
+    found = analyze(tmp_path / "data")
+    assert (found.cases, found.groups) == (4, 3)
+    low, high = found.intensity[0]
     expected = analyze(phantoms).intensity[0]
     assert (low, high) == pytest.approx(expected, abs=0.2 * (expected[1] - expected[0]))
     assert abs(low) > 1  # the empty one would pull both to 0
