@@ -15,13 +15,13 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 
-__all__ = ["ClearErrors", "command", "install"]
+__all__ = ["ClearErrors", "command", "install", "listed"]
 
 _SCRIPTS = Path(__file__).resolve().parent
 
@@ -97,3 +97,17 @@ def command(function: Callable[..., object]) -> None:
             nearest = get_close_matches(name, parameters, n=1)
             raise ValueError(f"there is no option --{name}" + (f": did you mean --{nearest[0]}?" if nearest else "."))
     fire.Fire(function, ["--", "--help"] if "--help" in arguments else None)
+
+
+def listed(given: str | Sequence[object]) -> list[str]:
+    """
+    The names in an argument of a command, which fire reads as one text where a name has a number in it, ``a,lr_1e-3``.
+
+    Args:
+        given: names, or a text with commas between them.
+
+    Returns:
+        the names.
+    """
+    parts = given.split(",") if isinstance(given, str) else map(str, given)
+    return [name.strip() for name in parts if name.strip()]

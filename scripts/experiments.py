@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from monai.bundle import ConfigParser
-from monai.utils import ensure_tuple
 
+from scripts.clear_errors import listed
 from scripts.evaluation import read_cases
 from scripts.output import write_text
 
@@ -139,12 +139,12 @@ def experiments(
         FileNotFoundError: As :py:func:`run_all`.
         ChildProcessError: When a training or an evaluation fails; the last lines of its log are in the message.
     """
-    wanted = [arm for text in ensure_tuple(arms) for arm in str(text).split(",")]  # as one where it has "lr_1e-3"
+    wanted = listed(arms)
     planned = list(planned_runs(plan))
     unknown = set(wanted).difference(run.arm for run in planned)
     if unknown:
         raise ValueError(f"{plan}: there is no arm {sorted(unknown)[0]!r}, which arms names.")
-    runs = [run for run in planned if not arms or run.arm in wanted]
+    runs = [run for run in planned if not wanted or run.arm in wanted]
     run_all(runs, dataset_dir, output_dir, results_dir, hours, parallel)
 
 

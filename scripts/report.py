@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from monai.utils import ensure_tuple
 from scipy.stats import t as student_t
 from scipy.stats import wilcoxon
 
+from scripts.clear_errors import listed
 from scripts.evaluation import read_cases, statistics
 from scripts.output import new_figure, save_figure, write_text
 
@@ -39,7 +39,7 @@ METRICS = {
     "val_mean_dice": "Dice",
     "val_hd95": "95 % Hausdorff distance, mm",
     "val_surface_dice": "Surface Dice",
-    "val_volume_error": "Volume error without its sign, ml",
+    "val_volume_error": "Absolute volume error, ml",
 }
 
 
@@ -242,8 +242,7 @@ def report(
         ValueError: When there is nothing to compare, two are called the same, or ``reference`` is none of them.
     """
     found: dict[str, Cases] = {}
-    # The command line keeps a list with names such as lr_1e-3 as one text.
-    own_names, arms = ([name for text in ensure_tuple(x) for name in str(text).split(",")] for x in (names, arms))
+    own_names, arms = listed(names), listed(arms)
     for folder in results:
         for name, cases in read_evaluations(folder).items():
             name = own_names.pop(0) if own_names else name
@@ -317,22 +316,26 @@ def _means(runs: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
 
 def _runs_table(runs: Mapping[str, Sequence[Mapping[str, Any]]], reference: str) -> str:
     """
-    Beside the difference to the reference, where an arm has several seeds, what seeds alone make of it in 95 of 100
-    cases: from the standard deviation pooled over the arms, by Student's t.
+    Of seeds that are done on all folds. Beside the difference to the reference, where an arm has several, the range
+    that seeds alone give it: by Student's t, from the standard deviation pooled over the arms.
     """
-    means = {arm: list(_means(mine, "seed").values()) for arm, mine in runs.items()}
-    freedom = sum(len(values) - 1 for values in means.values())
+    folds = {run["fold"] for mine in runs.values() for run in mine}
+    whole = {}
+    for arm, mine in runs.items():
+        done = [seed for seed in _means(mine, "seed") if {r["fold"] for r in mine if r["seed"] == seed} == folds]
+        whole[arm] = [run for run in mine if run["seed"] in done]
+    means = {arm: list(_means(mine, "seed").values()) for arm, mine in whole.items()}
+    freedom = sum(max(0, len(values) - 1) for values in means.values()) if means[reference] else 0
     head = ["", "folds", "seeds", "mean Dice of each seed", "their standard deviation"]
     lines = []
     if freedom:
-        squares = sum(float(np.sum((np.array(values) - np.mean(values)) ** 2)) for values in means.values())
+        squares = sum(float(np.sum((np.array(values) - np.mean(values)) ** 2)) for values in means.values() if values)
         bound = float(student_t.ppf(0.975, freedom)) * (squares / freedom) ** 0.5
-        head.append(f"difference to {reference} ± what seeds alone make of it")
-    for arm, mine in runs.items():
-        values = means[arm]
+        head.append(f"difference to {reference} ± 95 % range from seeds alone")
+    for arm, values in means.items():
         spread = f"{np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-        cells = [arm, len({run["fold"] for run in mine}), len(values), ", ".join(f"{v:.4f}" for v in values), spread]
-        if freedom and arm == reference:
+        cells = [arm, len(folds), len(values), ", ".join(f"{value:.4f}" for value in values), spread]
+        if freedom and (arm == reference or not values):
             cells.append("")
         elif freedom:
             chance = bound * (1 / len(values) + 1 / len(means[reference])) ** 0.5
@@ -342,7 +345,10 @@ def _runs_table(runs: Mapping[str, Sequence[Mapping[str, Any]]], reference: str)
 
 
 def _folds_table(runs: Mapping[str, Sequence[Mapping[str, Any]]], reference: str) -> str:
-    """The mean of the folds' differences to the reference, with its 95 % interval over the folds by Student's t."""
+    """
+    The mean of the folds' differences to the reference, with its 95 % interval over the folds: by Student's t, with
+    the variance corrected for training sets that overlap (Nadeau and Bengio, Machine Learning 52, 2003).
+    """
     means = {arm: _means(mine, "fold") for arm, mine in runs.items()}
     folds = list(means[reference])
     head = ["mean Dice", *(f"fold {fold}" for fold in folds), f"difference to {reference} [95 % CI over folds]"]
@@ -351,8 +357,9 @@ def _folds_table(runs: Mapping[str, Sequence[Mapping[str, Any]]], reference: str
         cells = [arm, *(f"{values[fold]:.4f}" for fold in folds), ""]
         if arm != reference:
             differences = [values[fold] - means[reference][fold] for fold in folds]
-            mean, error = np.mean(differences), np.std(differences, ddof=1) / len(folds) ** 0.5
-            half = student_t.ppf(0.975, len(folds) - 1) * error
+            # Of a cross-validation that is not complete the correction is too large rather than too small.
+            error = np.std(differences, ddof=1) * (1 / len(folds) + 1 / (len(folds) - 1)) ** 0.5
+            mean, half = np.mean(differences), student_t.ppf(0.975, len(folds) - 1) * error
             cells[-1] = f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]"
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -15,22 +15,37 @@ import re
 import shutil
 import statistics
 
+import nibabel as nib
+import numpy as np
 import pytest
 from monai.bundle import ConfigParser
+from scipy.stats import ttest_ind
 
 from scripts.benchmark.page import page
 from scripts.experiments import planned_runs
 from scripts.report import report
 from tests.conftest import BUNDLE_ROOT
+from tests.test_datalist import HIPPOCAMPUS, needs_hippocampus
 
 EVIDENCE = BUNDLE_ROOT / "docs" / "evidence"
 RESULTS = sorted(EVIDENCE.glob("*/*-fold*-seed*.json"))
 REPORTS = {  # results, reference, arms
     "screening_report": (["screening"], "base", ()),
-    "confirmation_report": (["confirmation"], "segresmamba", ("segresmamba", "segresnet")),
+    "monai_networks_report": (
+        ["screening"],
+        "wide_batch_1_learning_rate_3e-3_skip_of_32",
+        (
+            *("wide_batch_1_learning_rate_3e-3_skip_of_32", "wide_batch_1_learning_rate_3e-3"),
+            *("dynunet", "segresnet", "swin_unetr", "unet"),
+        ),
+    ),
+    "confirmation_report": (
+        ["confirmation"],
+        "segresmamba",
+        ("segresmamba", "segresnet", "without_tom", "segresmamba_equal_time"),
+    ),
     "dynunet_report": (["confirmation"], "segresmamba", ("segresmamba", "segresnet", "dynunet")),
-    "without_tom_report": (["confirmation"], "segresmamba", ("segresmamba", "without_tom")),
-    "nnunet_report": (["confirmation", "nnunet"], "segresmamba", ("segresmamba", "nnunet")),
+    "nnunet_report": (["nnunet"], "", ()),
     "equal_time_report": (["confirmation"], "without_tom", ("without_tom", "segresmamba_equal_time")),
     "longer_report": (
         ["confirmation", "longer", "augmented"],
@@ -49,14 +64,16 @@ def test_the_page_shows_what_the_results_say(tmp_path):
     shutil.copytree(EVIDENCE, docs / "evidence")
     shutil.copy(BUNDLE_ROOT / "docs" / "evidence.md", docs)
     text = (BUNDLE_ROOT / "docs" / "evidence.md").read_text()
+    assert {folder.name for folder in EVIDENCE.glob("*_report")} == set(REPORTS)
     for name, (parts, reference, arms) in REPORTS.items():
         made = docs / "evidence" / name
         shutil.rmtree(made)
         sources = [str(docs / "evidence" / part) for part in parts]
         report(*sources, output_dir=str(made), reference=reference, arms=arms)
-        for file in ("comparison.md", "comparison.csv", "runs.md"):
-            assert (made / file).read_text() == (EVIDENCE / name / file).read_text(), (name, file)
-        command = ["docs/evidence/" + part for part in parts] + ["--reference", reference]
+        assert {file.name for file in made.iterdir()} == {file.name for file in (EVIDENCE / name).iterdir()}
+        for file in (*made.glob("*.md"), *made.glob("*.csv")):
+            assert file.read_text() == (EVIDENCE / name / file.name).read_text(), file
+        command = ["docs/evidence/" + part for part in parts] + (["--reference", reference] if reference else [])
         command += ["--arms", ",".join(arms)] if arms else []
         asked = " ".join([*command, "--output_dir", f"docs/evidence/{name}"])
         assert asked in " ".join(text.replace("\\\n", " ").split())
@@ -131,11 +148,7 @@ def test_the_sizes_in_the_text(monkeypatch):
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     sizes = {arm: size for arms, _, size in rows for arm in arms.split(", ")}
     assert sizes == {arm: f"{size:.2f}" for arm, size in millions.items()}
-    text = " ".join(whole.split())
-    assert f"of {min(millions.values()):.1f} to {max(millions.values()):.1f} million parameters" in text
-    assert f"{millions['tables_variant']:.1f} million parameters) gains over the text's" in text
-    assert f"UNet, of {millions['unet']:.1f} million parameters" in text
-    assert f"SwinUNETR**, of {millions['swin_unetr']:.1f} million parameters" in text
+    assert f"of {min(millions.values()):.1f} to {max(millions.values()):.1f} million" in " ".join(whole.split())
 
 
 def test_the_folds_that_nothing_was_chosen_on():
@@ -152,147 +165,196 @@ def test_the_folds_that_nothing_was_chosen_on():
     assert f"HD95 {hd95:.3f} and {other_hd95:.3f} mm" in text
 
 
-def test_what_leads_the_screening():
-    files = [file for file in RESULTS if file.parent.name == "screening" and file.stem.endswith("seed0")]
-    dice = {
-        file.stem.split("-fold")[0]: json.loads(file.read_text())["summary"]["val_mean_dice"]["mean"]["mean"]
-        for file in files
+def read(part, arm, fold=0, seed=0):
+    return json.loads((EVIDENCE / part / f"{arm}-fold{fold}-seed{seed}.json").read_text())
+
+
+def reached(result, metric="val_mean_dice"):
+    return result["summary"][metric]["mean"]["mean"]
+
+
+def page_text():
+    return " ".join((BUNDLE_ROOT / "docs" / "evidence.md").read_text().split())
+
+
+def row(name, arm, file="comparison.md", table=0):
+    """The cells behind an arm's name in a table of a report."""
+    rows = re.findall(rf"^\| {arm} \|(.*)\|$", (EVIDENCE / name / file).read_text(), re.MULTILINE)
+    return [cell.strip() for cell in rows[table].split("|")]
+
+
+def test_the_two_sides_of_a_person():
+    """What the page says of them: where the two lie, and that it shows in no score."""
+    fold, dice = {}, {}
+    for k in range(5):
+        for case, values in read("confirmation", "segresmamba", k)["cases"].items():
+            number = int(re.search(r"\d+", case)[0])
+            fold[number], dice[number] = k, values["val_mean_dice"]["mean"]
+    other = {number: number + 1 if number % 2 else number - 1 for number in fold}
+    apart = [number for number in fold if fold.get(other[number], fold[number]) != fold[number]]
+    means = [statistics.mean(dice[number] for number in numbers) for numbers in (apart, fold.keys() - set(apart))]
+    text = page_text()
+    assert f"for {len(apart)} of the {len(fold)} cases the other side is among the training cases" in text
+    assert f"{means[0]:.4f} for these and {means[1]:.4f} for the others" in text
+    values = [[dice[number] for number in numbers] for numbers in (apart, fold.keys() - set(apart))]
+    low, high = ttest_ind(*values, equal_var=False).confidence_interval()
+    assert f"95 % interval is {low:+.3f} to {high:+.3f}" in text
+    pairs = [(number, number + 1) for number in fold if number % 2 and number + 1 in fold]
+    together = np.corrcoef([dice[first] for first, _ in pairs], [dice[second] for _, second in pairs])[0, 1]
+    narrow = (1 + 2 * len(pairs) / len(fold) * together) ** 0.5
+    assert f"correlates by {together:.2f} in the {len(pairs)} pairs" in text and f"are {narrow:.2f} times too" in text
+
+
+@needs_hippocampus
+def test_images_of_one_person_have_the_same_step_of_intensity():
+    step = {}
+    for file in sorted((HIPPOCAMPUS / "imagesTr").glob("hippocampus_*.nii.gz")):
+        values = np.unique(np.asanyarray(nib.load(file).dataobj))
+        if values.dtype.kind == "f":  # others are scaled to 8 bits, whose step is 1
+            step[int(file.name[12:15])] = values[-1] / np.round(values[-1] / np.diff(values).min())
+    neighbours = {
+        first: [np.isclose(step[k], step[k + 1], rtol=1e-4) for k in step if k % 2 == first and k + 1 in step]
+        for first in (1, 0)
     }
+    assert all(neighbours[1]) and not any(neighbours[0])
+    pairs, others = map(len, neighbours.values())
+    assert f"in all {pairs} such pairs that keep it the step is the same, in none of the {others} other" in page_text()
+
+
+def test_what_is_said_of_the_screening():
+    files = [file for file in RESULTS if file.parent.name == "screening" and file.stem.endswith("seed0")]
+    dice = {file.stem.split("-fold")[0]: reached(json.loads(file.read_text())) for file in files}
     first, second = sorted(dice, key=dice.__getitem__)[:-3:-1]
     assert (first, second) == ("dynunet", "wide_batch_1_learning_rate_3e-3_skip_of_32")
-    text = " ".join((BUNDLE_ROOT / "docs" / "evidence.md").read_text().split())
+    best = float(row("monai_networks_report", "dynunet")[3][:7])
+    dynunet, segresnet = (float(row("monai_networks_report", arm)[2][:6]) for arm in ("dynunet", "segresnet"))
     assert (
-        f"DynUNet leads the screening**: {dice[first]:.4f}, against {dice[second]:.4f} of the best SegResMamba" in text
+        f"it was {best:.4f} ahead of the best SegResMamba, which took twice as many steps, "
+        f"and {dynunet - segresnet:.4f} ahead of SegResNet" in page_text()
     )
+    found = {arm: row("screening_report", arm, "runs.md")[-1] for arm in dice if arm != "base"}
+    difference = {arm: [float(part) for part in cell.split(" ± ")] for arm, cell in found.items()}
+    assert min(difference, key=lambda arm: difference[arm][0]) == "without_skip"  # worth most
+    assert -difference["without_skip"][0] > max(value for value, _ in difference.values())
+    least = max(abs(difference[arm][0]) for arm in ("residual", "eight_orders", "ema"))
+    hints = [difference[arm] for arm in ("batch_1", "learning_rate_3e-3", "wide", "tables_variant")]
+    assert f"changed Dice by at most {least:.4f}" in page_text()
+    gains = [f"{gain:.3f}" for gain, _ in sorted(hints)]
+    assert f"gained {gains[0]} to {gains[-1]}, which seeds alone can make" in page_text()
+    assert all(gain < chance for gain, chance in hints)
 
 
-def test_what_swin_unetr_reached():
-    dice = {
-        arm: [
-            json.loads(file.read_text())["summary"]["val_mean_dice"]["mean"]["mean"]
-            for file in (EVIDENCE / "screening").glob(f"{arm}-fold0-seed*.json")
-        ]
-        for arm in ("swin_unetr", "base", "segresnet", "dynunet")
-    }
-    (reached,), base = dice["swin_unetr"], dice["base"]
-    ahead = reached - statistics.mean(base)
-    text = " ".join((BUNDLE_ROOT / "docs" / "evidence.md").read_text().split())
-    assert f"reaches {reached:.4f}: {ahead:.4f} more than the base arm, less than twice" in text
-    assert ahead < 2 * statistics.stdev(base)
-    others = [statistics.mean(dice[arm]) for arm in ("segresnet", "dynunet")]
-    assert f"SegResNet reaches {others[0]:.4f} and DynUNet {others[1]:.4f} after as many steps" in text
-
-
-def test_what_a_wider_path_at_full_resolution_gains():
-    arms = ("wide_batch_1_learning_rate_3e-3_skip_of_32", "wide_batch_1_learning_rate_3e-3")
-    summaries = [
-        json.loads((EVIDENCE / "screening" / f"{arm}-fold0-seed0.json").read_text())["summary"] for arm in arms
-    ]
-    dice, hd95 = (
-        [summary[metric]["mean"]["mean"] for summary in summaries] for metric in ("val_mean_dice", "val_hd95")
+def test_dynunet():
+    text = page_text()
+    folds = [file.stem for file in RESULTS if file.stem.startswith("dynunet-fold") and file.parent.name != "screening"]
+    assert folds == [f"dynunet-fold{k}-seed0" for k in range(len(folds))] and len(folds) > 1
+    cells, by_fold = row("dynunet_report", "dynunet"), row("dynunet_report", "dynunet", "folds.md")
+    over_cases, over_folds = (re.findall(r"[+-][\d.]+", part) for part in (cells[3], by_fold[-1]))
+    assert over_cases[0] == over_folds[0] or abs(float(over_cases[0]) - float(over_folds[0])) < 2e-4
+    assert (
+        f"over folds 0 to {len(folds) - 1} its Dice is {abs(float(over_cases[0])):.4f} "
+        f"{'higher' if float(over_cases[0]) > 0 else 'lower'} (95 % over the cases {over_cases[1]} to {over_cases[2]}, "
+        f"over the folds {over_folds[1]} to {over_folds[2]})" in text
     )
-    text = " ".join((BUNDLE_ROOT / "docs" / "evidence.md").read_text().split())
-    assert f"reach a Dice of {dice[0]:.4f} in place of {dice[1]:.4f}, and an HD95 of {hd95[0]:.2f} in place" in text
-    assert f"in place of {hd95[1]:.2f} mm, on one seed" in text
-
-
-def test_what_is_left_of_the_lead_of_dynunet():
-    results = {
-        arm: json.loads((EVIDENCE / "confirmation" / f"{arm}-fold0-seed0.json").read_text())
-        for arm in ("segresmamba", "dynunet")
-    }
-    dice, hd95 = (
-        [result["summary"][metric]["mean"]["mean"] for result in results.values()]
-        for metric in ("val_mean_dice", "val_hd95")
-    )
-    text = " ".join((BUNDLE_ROOT / "docs" / "evidence.md").read_text().split())
-    assert f"its Dice is {dice[1] - dice[0]:.4f} higher than SegResMamba's" in text
-    assert f"its HD95 {hd95[1] - hd95[0]:.3f} mm larger" in text and f"DynUNet, {dice[1]:.4f} after as many" in text
-    curve = {row["epoch"]: row["val_mean_dice"] for row in results["dynunet"]["curve"]}
+    p = [row("dynunet_report", "dynunet", table=table)[-1] for table in range(4)]
+    assert min(map(float, p)) > 0.05 and "no test finds a difference" in text
+    curve = {cells["epoch"]: cells["val_mean_dice"] for cells in read("confirmation", "dynunet")["curve"]}
     assert f"rises from {float(curve['30']):.3f} to {float(curve['40']):.3f}" in text
-    on_the_fold = [json.loads(file.read_text()) for file in RESULTS if "-fold0-" in file.name]
-    best = max(result["summary"]["val_mean_dice"]["mean"]["mean"] for result in on_the_fold)
-    assert best == dice[1] < 0.89  # no training here has reached more
-    table = (EVIDENCE / "dynunet_report" / "comparison.md").read_text()
-    found = re.findall(r"\| dynunet .* ([\d.]+) \|\n", table)
-    assert len(found) == 4 and min(map(float, found)) > 0.05
 
 
-def test_at_equal_time_no_difference_is_found():
-    files = sorted((EVIDENCE / "confirmation").glob("segresmamba_equal_time-fold*.json"))
-    assert [json.loads(file.read_text())["fold"] for file in files] == [0, 1, 2, 3, 4]  # as the page says
-    table = (EVIDENCE / "equal_time_report" / "comparison.md").read_text()
-    text = " ".join((BUNDLE_ROOT / "docs" / "evidence.md").read_text().split())
-    behind = re.search(r"\| segresmamba_equal_time .* -(0\.\d{4}) \[", table)[1]
-    assert f"its Dice is {behind} lower with ToM" in text
-    found = re.findall(r"\| segresmamba_equal_time .* ([\d.]+) \|\n", table)
-    assert len(found) == 4 and min(map(float, found)) > 0.05
+def test_tom():
+    """At as many steps and at equal time: over the folds; the network with ToM is the reference in one report alone."""
+    text = page_text()
+    difference = re.findall(r"[+-]0\.\d{4}", row("confirmation_report", "without_tom", "folds.md")[-1])
+    mean, low, high = (-float(value) for value in difference)
+    assert f"({mean:.4f} more Dice with it; over the folds {high:+.4f} to {low:+.4f})" in text
+    equal = re.findall(r"[+-]0\.\d{4}", row("equal_time_report", "segresmamba_equal_time", "folds.md")[-1])
+    mean, low, high = map(float, equal)
+    assert mean < 0 and f"({-mean:.4f} less; over the folds {low:+.4f} to {high:+.4f})" in text
+    assert f"gains of more than {max(abs(float(value)) for value in difference + equal):.3f} are unlikely" in text
+    for name, arm in (("confirmation_report", "without_tom"), ("equal_time_report", "segresmamba_equal_time")):
+        assert min(float(row(name, arm, table=table)[-1]) for table in range(4)) > 0.05
+    shorter = row("confirmation_report", "segresmamba_equal_time")
+    assert f"Dice is {shorter[3][1:7]} lower on five folds, with p = {float(shorter[-1]):.3f} over the cases" in text
+    low, high = re.findall(r"[+-]0\.\d{4}", row("confirmation_report", "segresmamba_equal_time", "folds.md")[-1])[1:]
+    assert float(low) < 0 < float(high)
+    means = [
+        statistics.mean(
+            case["val_mean_dice"]["mean"]
+            for k in range(1, 5)
+            for case in read("confirmation", arm, k)["cases"].values()
+        )
+        for arm in ("segresmamba", "without_tom")
+    ]
+    assert f"the mean Dice is {means[0]:.4f} with ToM and {means[1]:.4f} without" in text
+
+
+def test_what_is_said_in_short():
+    text = page_text()
+    scores = json.loads((BUNDLE_ROOT / "configs" / "metadata.json").read_text())["eval_metrics"]
+    dice, hd95 = row("confirmation_report", "segresmamba"), row("confirmation_report", "segresmamba", table=1)
+    assert f"mean Dice {dice[2]}, HD95 {float(hd95[2][:6]):.3f} mm: five folds, {scores['cases']} held-out" in text
+    assert scores["mean_dice"] == float(dice[2][:6]) and f"missed by {0.89 - scores['mean_dice']:.3f}" in text
+    assert scores["mean_hd95_mm"] < 1.5  # met
+    folds = sorted(row("confirmation_report", "segresmamba", "folds.md")[:5])
+    assert f"a Dice of {folds[0]} to {folds[-1]}" in text
+    readme = " ".join((BUNDLE_ROOT / "README.md").read_text().split())
+    others = [row("confirmation_report", arm)[2][:6] for arm in ("without_tom", "segresnet")]
+    assert f"mean Dice {dice[2][:6]} with them, {others[0]} without" in readme
+    assert f"MONAI's SegResNet reaches {others[1]}" in readme
+    without = row("confirmation_report", "without_tom"), row("confirmation_report", "without_tom", table=1)
+    card = " ".join((BUNDLE_ROOT / "docs" / "README.md").read_text().split())
+    assert f"reaches {float(without[0][2][:6]):.3f} and {float(without[1][2][:6]):.2f} mm" in card
 
 
 def test_what_nnunet_reached():
     result = json.loads((EVIDENCE / "nnunet" / "nnunet-fold0.json").read_text())
-    text = " ".join((BUNDLE_ROOT / "docs" / "evidence.md").read_text().split())
+    text = page_text()
     steps = f"{result['num_epochs']} epochs of {result['iterations_per_epoch']} steps"
     assert f"patches of {' × '.join(map(str, result['patch_size']))} voxels, batches of {result['batch_size']}" in text
     assert f"a network of {result['parameters'] / 1e6:.1f} million parameters, and was given {steps}" in text
-    reached = result["summary"]["val_mean_dice"]["mean"]["mean"]
-    assert f"after {result['num_epochs'] * result['iterations_per_epoch']} it is behind, {reached:.4f}" in text
-    others = json.loads((EVIDENCE / "confirmation" / "segresmamba-fold0-seed0.json").read_text())
-    assert others["cases"].keys() == result["cases"].keys()
+    assert f"reaches after {result['num_epochs'] * result['iterations_per_epoch']} steps, not what it can" in text
+    other = read("confirmation", "segresmamba")
+    assert f"SegResMamba's {reached(other):.4f} on this fold" in text
+    assert other["cases"].keys() == result["cases"].keys()
 
 
 def test_the_end_of_the_learning_curves():
     rises = []
     for arm in ("segresmamba", "segresnet"):
-        files = (EVIDENCE / "confirmation").glob(f"{arm}-fold*.json")
         curves = [
-            {row["epoch"]: row["val_mean_dice"] for row in json.loads(file.read_text())["curve"]} for file in files
+            {row["epoch"]: row["val_mean_dice"] for row in read("confirmation", arm, fold)["curve"]}
+            for fold in range(5)
         ]
         rises.append(statistics.mean(float(curve["40"]) - float(curve["30"]) for curve in curves))
-    text = " ".join((BUNDLE_ROOT / "docs" / "evidence.md").read_text().split())
-    assert f"still rises by {rises[0]:.3f} for SegResMamba and {rises[1]:.3f} for SegResNet" in text
+    assert f"still rises by {rises[0]:.3f} for SegResMamba and {rises[1]:.3f} for SegResNet" in page_text()
 
 
 def test_the_costs_in_the_text_are_those_measured():
-    rows = json.loads((EVIDENCE / "efficiency-hippocampus.json").read_text())["rows"]
     text = (BUNDLE_ROOT / "docs" / "evidence.md").read_text()
-    for name, label in (
-        ("Hippocampus", "base"),
-        ("Hippocampus, wide", "wide"),
-        ("Hippocampus, without the full-resolution skip", "without the full-resolution skip"),
-        ("Hippocampus, stem of stride 1", "stem of stride 1"),
-    ):
-        seconds = {row["network"]: row["training"]["median"] for row in rows if row["setup"] == name}
-        others = [seconds[n] / seconds["segresmamba_text"] for n in ("segresmamba_without_tom", "segresnet")]
-        assert f"| {label} | {others[0]:.2f} | {others[1]:.2f} |" in text
-        assert label != "wide" or f"{1 / others[0]:.2f} times as long in bf16" in text
+    ratios = {}
+    for file in ("efficiency-hippocampus", "efficiency-hippocampus-float32"):
+        rows = json.loads((EVIDENCE / f"{file}.json").read_text())["rows"]
+        for setup in {row["setup"]: None for row in rows}:
+            seconds = {row["network"]: row["training"]["median"] for row in rows if row["setup"] == setup}
+            names = [name for name in seconds if name != "segresmamba_text"]
+            ratios[file, setup] = [seconds[name] / seconds["segresmamba_text"] for name in names]
+            assert names == ["segresmamba_without_tom", "segresnet", "dynunet", "unet", "swin_unetr"][: len(names)]
+            label = {"Hippocampus": "base"}.get(setup, setup.removeprefix("Hippocampus, "))
+            assert f"| {label} | {' | '.join(f'{ratio:.2f}' for ratio in ratios[file, setup])} |" in text
+    wide, wide_float32 = (ratios[file, "Hippocampus, wide"] for file in ("efficiency-hippocampus", file))
+    text = page_text()
+    for k in range(2):  # without ToM, and SegResNet
+        assert f"a step takes {wide_float32[k]:.2f} of the time in float32, {wide[k]:.2f} in bf16" in text
+    assert f"The 28 epochs are {wide[0]:.2f} of 40" in text and f"that ratio is {wide_float32[0]:.2f}" in text
+    assert text.count(f"{28 / 40 / wide_float32[0]:.2f} of equal time") == 2
+    card = " ".join((BUNDLE_ROOT / "docs" / "README.md").read_text().split())
+    assert f"with {wide_float32[0]:.2f} of the time of a training step in float32" in card
+    assert f"its step takes {wide_float32[2]:.2f} times as long" in text
 
 
-def test_what_the_text_says_of_the_later_runs():
-    text = " ".join((BUNDLE_ROOT / "docs" / "evidence.md").read_text().split())
-    with_tom, without = (
-        [json.loads((EVIDENCE / "confirmation" / f"{arm}-fold{k}-seed0.json").read_text())["cases"] for k in range(5)]
-        for arm in ("segresmamba", "without_tom")
-    )
-    means = [
-        statistics.mean(case["val_mean_dice"]["mean"] for cases in runs[1:] for case in cases.values())
-        for runs in (with_tom, without)
-    ]
-    assert f"the mean Dice is {means[0]:.4f} with ToM and {means[1]:.4f} without" in text
-    every = [
-        statistics.mean(case["val_mean_dice"]["mean"] for cases in runs for case in cases.values())
-        for runs in (with_tom, without)
-    ]
-    readme = " ".join((BUNDLE_ROOT / "README.md").read_text().split())
-    assert f"(mean Dice {every[0]:.4f} with them, {every[1]:.4f} without" in readme
-    gains = [
-        statistics.mean(case["val_mean_dice"]["mean"] for case in cases[1].values())
-        - statistics.mean(case["val_mean_dice"]["mean"] for case in cases[0].values())
-        for cases in zip(with_tom, without)
-    ]
-    assert f"between {-min(gains):.4f} worse and {max(gains):.4f} better" in text
-    table = (EVIDENCE / "without_tom_report" / "comparison.md").read_text()
-    assert all(float(p) > 0.05 for p in re.findall(r"\| without_tom .* ([\d.]+) \|\n", table))
+def test_what_the_text_says_of_longer_trainings():
+    text = page_text()
     runs = {file.stem: json.loads(file.read_text()) for file in RESULTS if file.parent.name in ("longer", "augmented")}
     curve = {int(row["epoch"]): row for row in runs["longer-fold0-seed0"]["curve"]}
     losses = [float(curve[epoch]["train_mean_loss"]) for epoch in (60, 120)]
@@ -300,13 +362,11 @@ def test_what_the_text_says_of_the_later_runs():
         f"level from epoch 60 on, while the loss of the training falls from {losses[0]:.3f} to {losses[1]:.3f}" in text
     )
     assert max(float(curve[epoch]["val_mean_dice"]) for epoch in (80, 100, 120)) <= float(curve[60]["val_mean_dice"])
-    dice = {name.split("-")[0]: run["summary"]["val_mean_dice"]["mean"]["mean"] for name, run in runs.items()}
+    dice = {name.split("-")[0]: reached(run) for name, run in runs.items()}
     for arm in ("longer", "augmented"):
         assert f"Test-time flipping adds about {dice[f'{arm}_flipping'] - dice[arm]:.3f}" in text
-    shorter = [
-        json.loads((EVIDENCE / "confirmation" / f"{arm}-fold0-seed0.json").read_text())["summary"]["val_mean_dice"]
-        for arm in ("segresmamba", "segresnet")
-    ]
-    dice |= {"segresnet": shorter[1]["mean"]["mean"]}
-    assert max(dice.values()) < shorter[0]["mean"]["mean"]  # None is better
+    shorter, dice["segresnet"] = (reached(read("confirmation", arm)) for arm in ("segresmamba", "segresnet"))
+    assert max(dice.values()) < shorter  # neither is better
     assert f"and SegResNet's, lie between {min(dice.values()):.3f} and {max(dice.values()):.3f} here" in text
+    assert row("longer_report", "longer_larger_window", table=3)[3].startswith("+")
+    assert float(row("longer_report", "longer_larger_window", table=3)[-1]) < 0.05

@@ -84,12 +84,12 @@ def test_equal_evaluations_do_not_differ(evaluations):
 def test_the_files(evaluations):
     folder, _ = evaluations
     folders = [str(folder / name) for name in "abc"]
-    report(*folders, output_dir=str(folder / "out"), names=["ours", "theirs"], reference="c")
+    report(*folders, output_dir=str(folder / "out"), names=["ours, wide", "theirs"], reference="c")
     text = (folder / "out" / "comparison.md").read_text()
-    assert "| ours |" in text and "| theirs |" in text and "difference to c" in text
+    assert "| ours, wide |" in text and "| theirs |" in text and "difference to c" in text
     assert "**Dice**, 20 cases" in text and "Hausdorff" in text
     rows = list(csv.DictReader(open(folder / "out" / "comparison.csv")))
-    assert [row["name"] for row in rows] == ["ours", "theirs", "c"] * 2
+    assert [row["name"] for row in rows] == ["ours, wide", "theirs", "c"] * 2
     assert float(rows[0]["liver_mean"]) > float(rows[1]["liver_mean"])
     assert min(imread(folder / "out" / "comparison.png").shape[:2]) > 400
 
@@ -121,7 +121,7 @@ def test_results_of_the_runner(tmp_path):
     result(tmp_path, "base", 1, 0, ["of_another_fold"], [0.1])
     found = read_evaluations(tmp_path)
     assert found["base"]["val_mean_dice"][CASES[0]]["liver"] == pytest.approx(0.85)
-    report(str(tmp_path), output_dir=str(tmp_path / "out"), arms="other,base")  # as the command line may have it
+    report(str(tmp_path), output_dir=str(tmp_path / "out"), arms="other, base")  # as the command line may have it
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert text.index("| other |") < text.index("| base |") and "+0.1500" in text
     runs = (tmp_path / "out" / "runs.md").read_text()
@@ -131,16 +131,33 @@ def test_results_of_the_runner(tmp_path):
 
 
 def test_folds(tmp_path):
-    """Each fold's mean, and the interval of the differences as a paired t-test has it."""
+    """Each fold's mean, and the interval of the differences: a paired t-test's, √(1 + 3 / 2) times as wide."""
     reached = {"base": (0.80, 0.82, 0.84), "other": (0.81, 0.85, 0.84)}
     for arm, folds in reached.items():
         for fold, dice in enumerate(folds):
             result(tmp_path, arm, fold, 0, [f"{fold}_{k}" for k in range(10)], [dice] * 10)
     report(str(tmp_path), output_dir=str(tmp_path / "out"), reference="base")
     interval = ttest_rel(reached["other"], reached["base"]).confidence_interval()
+    half = (interval.high - interval.low) / 2 * 2.5**0.5
     table = (tmp_path / "out" / "folds.md").read_text()
     assert "| base | 0.8000 | 0.8200 | 0.8400 |  |" in table
-    assert f"| other | 0.8100 | 0.8500 | 0.8400 | +0.0133 [{interval.low:+.4f}, {interval.high:+.4f}] |" in table
+    assert f"| other | 0.8100 | 0.8500 | 0.8400 | +0.0133 [{0.04 / 3 - half:+.4f}, {0.04 / 3 + half:+.4f}] |" in table
+
+
+def test_seeds_that_are_not_done_on_all_folds_do_not_count(tmp_path):
+    """Folds differ more than seeds do."""
+    for arm, seed, folds in (
+        ("base", 0, (0.80, 0.90)),
+        ("base", 1, (0.82, 0.92)),
+        ("base", 2, (0.80,)),
+        ("b", 0, (1, 1)),
+    ):
+        for fold, dice in enumerate(folds):
+            result(tmp_path, arm, fold, seed, [f"{fold}_{k}" for k in range(10)], [dice] * 10)
+    report(str(tmp_path), output_dir=str(tmp_path / "out"), reference="base")
+    table = (tmp_path / "out" / "runs.md").read_text()
+    assert "| base | 2 | 2 | 0.8500, 0.8700 | 0.0141 |  |" in table
+    assert "| b | 2 | 1 | 1.0000 |  | +0.1400 ± 0.2201 |" in table  # 12.706, 0.0141, √1.5
 
 
 def test_what_cannot_be_compared_is_one_clear_error(tmp_path, evaluations):

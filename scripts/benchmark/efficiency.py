@@ -21,6 +21,7 @@ import torch
 from monai.bundle import ConfigParser
 from tqdm import tqdm
 
+from scripts.clear_errors import listed
 from scripts.complexity import dead_parameters, flops, paper_macs, parameter_counts
 from scripts.host_memory import retain_freed_memory
 
@@ -201,8 +202,8 @@ def _plan(config: str, networks: str | Sequence[str], setups: str | Sequence[str
             raise ValueError(f"{path}: the set-up {name} has overrides of {sorted(strange)[0]!r}, which is no network.")
     chosen = {}
     for what, given, known in (("networks", networks, network_names()), ("setups", setups, list(plan["setups"]))):
-        names = given.split(",") if isinstance(given, str) else list(given)
-        names = known if names == ["all"] else plan["timed"][what] if names == [""] else names
+        names = listed(given)
+        names = known if names == ["all"] else names or plan["timed"][what]
         unknown = [name for name in names if name not in known]
         if unknown:
             raise ValueError(f"unknown in {what}: {', '.join(map(str, unknown))}. There are: {', '.join(known)}.")

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from scripts.clear_errors import listed
 from scripts.output import new_figure, save_figure
 
 from .apart import run_apart
@@ -66,7 +67,7 @@ def scaling(
     Raises:
         ValueError: when a network, a step, the device or the precision is unknown.
     """
-    names, wanted = _names(networks), _names(steps)
+    names, wanted = listed(networks), listed(steps)
     names = network_names() if names == ["all"] else names
     unknown = [x for x in names if x not in network_names()] + [x for x in wanted if x not in ("inference", "training")]
     if unknown:
@@ -112,10 +113,6 @@ def scaling(
         results["curves"].append(curve)
         write_results(results, _markdown(results), stem, output_dir)  # what is done is kept
         _draw(results, Path(output_dir) / f"{stem}.png")
-
-
-def _names(given: str | Sequence[str]) -> list[str]:
-    return given.split(",") if isinstance(given, str) else list(given)
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> float:
