@@ -29,6 +29,7 @@ from tests.test_datalist import HIPPOCAMPUS, needs_hippocampus
 
 EVIDENCE = BUNDLE_ROOT / "docs" / "evidence"
 RESULTS = sorted(EVIDENCE.glob("*/*-fold*-seed*.json"))
+_WITHOUT_SKIP = ("without_skip_without_tom", "without_skip")
 REPORTS = {  # results, reference, arms
     "screening_report": (["screening"], "base", ()),
     "monai_networks_report": (
@@ -39,6 +40,7 @@ REPORTS = {  # results, reference, arms
             *("dynunet", "segresnet", "swin_unetr", "unet"),
         ),
     ),
+    "without_skip_report": (["screening"], _WITHOUT_SKIP[0], _WITHOUT_SKIP),
     "confirmation_report": (
         ["confirmation"],
         "segresmamba",
@@ -234,6 +236,7 @@ def test_what_is_said_of_the_screening():
     )
     found = {arm: row("screening_report", arm, "runs.md")[-1] for arm in dice if arm != "base"}
     difference = {arm: [float(part) for part in cell.split(" ± ")] for arm, cell in found.items()}
+    del difference["without_skip_without_tom"]  # lacks two things
     assert min(difference, key=lambda arm: difference[arm][0]) == "without_skip"  # worth most
     assert -difference["without_skip"][0] > max(value for value, _ in difference.values())
     least = max(abs(difference[arm][0]) for arm in ("residual", "eight_orders", "ema"))
@@ -289,6 +292,19 @@ def test_tom():
     assert f"the mean Dice is {means[0]:.4f} with ToM and {means[1]:.4f} without" in text
 
 
+def test_tom_without_the_path_at_full_resolution():
+    without, with_tom = ([reached(read("screening", arm, 0, seed)) for seed in range(3)] for arm in _WITHOUT_SKIP)
+    means = [statistics.mean(values) for values in (with_tom, without)]
+    text = page_text()
+    assert f"three seeds of twelve epochs on fold 0 reach {means[0]:.4f} with ToM and {means[1]:.4f} without" in text
+    assert min(with_tom) > max(without)  # do not overlap
+    ranges = [row(name, "without_skip", "runs.md")[-1] for name in ("without_skip_report", "screening_report")]
+    (difference, own), (_, pooled) = (cell.strip("+").split(" ± ") for cell in ranges)
+    assert float(pooled) < float(difference) < float(own)
+    assert f"The difference, {difference}, is more than the ± {pooled} that seeds alone" in text
+    assert f"less than the ± {own} by the spread of these two arms' own" in text
+
+
 def test_what_is_said_in_short():
     text = page_text()
     scores = json.loads((BUNDLE_ROOT / "configs" / "metadata.json").read_text())["eval_metrics"]
@@ -302,6 +318,8 @@ def test_what_is_said_in_short():
     others = [row("confirmation_report", arm)[2][:6] for arm in ("without_tom", "segresnet")]
     assert f"mean Dice {dice[2][:6]} with them, {others[0]} without" in readme
     assert f"MONAI's SegResNet reaches {others[1]}" in readme
+    (ahead,) = re.findall(r"^\+(0\.\d{4})", row("dynunet_report", "dynunet")[3])
+    assert f"its DynUNet, {ahead} higher than SegResMamba over three of them" in readme
     without = row("confirmation_report", "without_tom"), row("confirmation_report", "without_tom", table=1)
     card = " ".join((BUNDLE_ROOT / "docs" / "README.md").read_text().split())
     assert f"reaches {float(without[0][2][:6]):.3f} and {float(without[1][2][:6]):.2f} mm" in card
