@@ -104,10 +104,10 @@ def listed(given: str | Sequence[object]) -> list[str]:
     The names in an argument of a command, which fire reads as one text where a name has a number in it, ``a,lr_1e-3``.
 
     Args:
-        given: names, or a text with commas between them.
+        given: names, one name, or a text with commas between them.
 
     Returns:
         the names.
     """
-    parts = given.split(",") if isinstance(given, str) else map(str, given)
+    parts = map(str, given) if isinstance(given, (list, tuple)) else str(given).split(",")
     return [name.strip() for name in parts if name.strip()]

@@ -26,7 +26,8 @@ from monai.apps.auto3dseg import DataAnalyzer
 
 from scripts.benchmark.measuring import free_gb
 from scripts.benchmark.memory import WIDTHS, step_bytes
-from scripts.datalist import case_groups, check_dataset, dataset_channels, dataset_classes, load_datalist
+from scripts.data_check import check_dataset
+from scripts.datalist import case_groups, dataset_channels, dataset_classes, load_datalist
 from scripts.output import write_text
 
 __all__ = ["Statistics", "analyze", "plan", "task_overlay"]

@@ -320,11 +320,10 @@ def _runs_table(runs: Mapping[str, Sequence[Mapping[str, Any]]], reference: str)
     that seeds alone give it: by Student's t, from the standard deviation pooled over the arms.
     """
     folds = {run["fold"] for mine in runs.values() for run in mine}
-    whole = {}
+    means = {}
     for arm, mine in runs.items():
-        done = [seed for seed in _means(mine, "seed") if {r["fold"] for r in mine if r["seed"] == seed} == folds]
-        whole[arm] = [run for run in mine if run["seed"] in done]
-    means = {arm: list(_means(mine, "seed").values()) for arm, mine in whole.items()}
+        done = {seed for seed in {r["seed"] for r in mine} if {r["fold"] for r in mine if r["seed"] == seed} == folds}
+        means[arm] = list(_means([run for run in mine if run["seed"] in done], "seed").values())
     freedom = sum(max(0, len(values) - 1) for values in means.values()) if means[reference] else 0
     head = ["", "folds", "seeds", "mean Dice of each seed", "their standard deviation"]
     lines = []

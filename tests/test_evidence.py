@@ -253,7 +253,6 @@ def test_dynunet():
     assert folds == [f"dynunet-fold{k}-seed0" for k in range(len(folds))] and len(folds) > 1
     cells, by_fold = row("dynunet_report", "dynunet"), row("dynunet_report", "dynunet", "folds.md")
     over_cases, over_folds = (re.findall(r"[+-][\d.]+", part) for part in (cells[3], by_fold[-1]))
-    assert over_cases[0] == over_folds[0] or abs(float(over_cases[0]) - float(over_folds[0])) < 2e-4
     assert (
         f"over folds 0 to {len(folds) - 1} its Dice is {abs(float(over_cases[0])):.4f} "
         f"{'higher' if float(over_cases[0]) > 0 else 'lower'} (95 % over the cases {over_cases[1]} to {over_cases[2]}, "

@@ -23,7 +23,8 @@ import numpy as np
 import pytest
 
 from scripts import phantom
-from scripts.datalist import check_dataset, dataset_channels, dataset_classes, load_datalist
+from scripts.data_check import check_dataset
+from scripts.datalist import dataset_channels, dataset_classes, load_datalist
 from scripts.phantom import PHANTOM_CLASSES, make_phantom, write_phantoms
 
 ROOT = Path(__file__).resolve().parents[1]

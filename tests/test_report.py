@@ -92,6 +92,8 @@ def test_the_files(evaluations):
     assert [row["name"] for row in rows] == ["ours, wide", "theirs", "c"] * 2
     assert float(rows[0]["liver_mean"]) > float(rows[1]["liver_mean"])
     assert min(imread(folder / "out" / "comparison.png").shape[:2]) > 400
+    report(folders[0], output_dir=str(folder / "one"), names=2024)  # as fire reads it
+    assert "| 2024 |" in (folder / "one" / "comparison.md").read_text()
 
 
 def result(folder, arm, fold, seed, cases, dice):
