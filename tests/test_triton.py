@@ -20,8 +20,11 @@ import os
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,62 +39,94 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the CPU interprets, see conftest.py
 
 COMPILE = """
-import json, sys
+import inspect, itertools, json, sys
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 from scripts.selective_scan import triton_mixer, triton_mixer_kernels, triton_scan, triton_scan_kernels
 
 FLOAT = "weight bias A2 D sums starts gradients pieces dB dC dD dweight dbias".split()
 WHOLE = "batch dy_rows R K L d g n chunks parts blocks taps elements columns b_columns c_columns".split()
 ONES = "batch R K L g n chunks parts blocks dy_rows taps elements".split()
+FLAGS = "SOFTPLUS GATED ORDERED WIDE ADD BACK".split()
 CONSTANTS = {"N": 16, "taps": 4, "COUNT": 2, "n": 16, "b_columns": 40, "c_columns": 40}
+MODULES = [triton_scan_kernels, triton_mixer_kernels]
+KERNELS = {name: getattr(module, name) for module in MODULES for name in module.__all__}
+TARGET = GPUTarget("cuda", int(sys.argv[1]), 32)
+
+def source(name, dtype, flags):
+    kernel, signature, constants = KERNELS[name], {}, {}
+    walks = "N" in kernel.arg_names
+    for parameter in kernel.params:
+        argument = parameter.name
+        if parameter.is_constexpr:
+            signature[argument] = "constexpr"
+            if name == "scan_gradients":
+                tile = {"T": triton_scan._chunk(96), "W": triton_scan._CHANNELS, "P": triton_scan._PIECE}
+            elif walks:
+                ahead = 1 if name == "scan_apply" or flags["ORDERED"] else triton_scan._AHEAD
+                tile = {"T": triton_scan._chunk(96), "W": triton_scan._LANES, "P": ahead}
+                if dtype == "fp16" and name in ("chunk_ends", "scan_apply"):  # as of large volumes
+                    tile |= {"b_columns": 16, "c_columns": 16}
+            elif name in triton_scan_kernels.__all__:
+                tile = {"T": triton_scan._CHUNKS, "W": triton_scan._ELEMENTS}
+            else:
+                tile = triton_mixer._TILE if "T" in kernel.arg_names else {"W": triton_mixer._GATE}
+            constants[argument] = {**flags, **CONSTANTS, **tile}[argument]
+            if argument == "n" and dtype == "fp32":
+                constants[argument] = 40  # more states than a program holds
+        elif (argument in ONES and dtype == "fp32") or (argument == "g" and dtype == "bf16"):  # as Triton a 1
+            signature[argument], constants[argument] = "constexpr", 1
+        elif argument in WHOLE:
+            signature[argument] = "i64" if dtype == "fp16" and argument in ("L", "elements") else "i32"
+        else:
+            wide = argument in FLOAT or (walks and argument == "total")
+            wide |= argument in ("B", "C") and constants.get("b_columns") == 16
+            signature[argument] = "*fp32" if wide else "*" + dtype
+            if argument in ("index", "inverse"):
+                signature[argument] = "*i32"
+    aligned = [k for k, (name_, kind) in enumerate(signature.items()) if kind[0] == "*" or name_ == "d"]
+    attrs = {(k,): [["tt.divisibility", 16]] for k in aligned}  # as at a launch
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
+
+def options(name):
+    chosen = {"num_warps": 1} if "N" in KERNELS[name].arg_names else {}
+    return chosen | ({"maxnreg": triton_scan._REGISTERS} if name == "scan_gradients" else {})
+"""
+
+TO_THE_END = """
 done, crossing = [], []
 for dtype in sys.argv[2:]:
-    for name in triton_scan_kernels.__all__ + triton_mixer_kernels.__all__:
-        module = triton_scan_kernels if name in triton_scan_kernels.__all__ else triton_mixer_kernels
-        kernel, signature, constants = getattr(module, name), {}, {}
-        walks = "N" in kernel.arg_names
-        for parameter in kernel.params:
-            argument = parameter.name
-            if parameter.is_constexpr:
-                signature[argument] = "constexpr"
-                constants[argument] = dtype == "fp16" or argument == "SOFTPLUS"
-                if name == "scan_gradients":
-                    tile = {"T": triton_scan._chunk(96), "W": triton_scan._CHANNELS, "P": triton_scan._PIECE}
-                elif walks:
-                    ahead = 1 if name == "scan_apply" or dtype == "fp16" else triton_scan._AHEAD  # fp16: in an order
-                    tile = {"T": triton_scan._chunk(96), "W": triton_scan._LANES, "P": ahead}
-                    if dtype == "fp16" and name in ("chunk_ends", "scan_apply"):  # as of large volumes
-                        tile |= {"b_columns": 16, "c_columns": 16}
-                elif name in triton_scan_kernels.__all__:
-                    tile = {"T": triton_scan._CHUNKS, "W": triton_scan._ELEMENTS}
-                else:
-                    tile = triton_mixer._TILE if "T" in kernel.arg_names else {"W": triton_mixer._GATE}
-                constants[argument] = {**CONSTANTS, **tile}.get(argument, constants[argument])
-                if argument == "n" and dtype == "fp32":
-                    constants[argument] = 40  # more states than a program holds
-            elif (argument in ONES and dtype == "fp32") or (argument == "g" and dtype == "bf16"):  # as Triton a 1
-                signature[argument], constants[argument] = "constexpr", 1
-            elif argument in WHOLE:
-                signature[argument] = "i64" if dtype == "fp16" and argument in ("L", "elements") else "i32"
-            else:
-                wide = argument in FLOAT or (walks and argument == "total")
-                wide |= argument in ("B", "C") and constants.get("b_columns") == 16
-                signature[argument] = "*fp32" if wide else "*" + dtype
-                if argument in ("index", "inverse"):
-                    signature[argument] = "*i32"
-        aligned = [k for k, (name_, kind) in enumerate(signature.items()) if kind[0] == "*" or name_ == "d"]
-        attrs = {(k,): [["tt.divisibility", 16]] for k in aligned}  # as at a launch
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-        options = {"num_warps": 1} if walks else {}
-        options |= {"maxnreg": triton_scan._REGISTERS} if name == "scan_gradients" else {}
-        compiled = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options)
+    for name in KERNELS:
+        flags = {flag: dtype == "fp16" or flag == "SOFTPLUS" for flag in FLAGS}
+        compiled = triton.compile(source(name, dtype, flags), target=TARGET, options=options(name))
         assert compiled.asm["cubin"]
         done.append(name)
-        if walks and name != "scan_gradients" and ("shfl" in compiled.asm["ptx"] or compiled.metadata.shared):
+        walks = "N" in KERNELS[name].arg_names and name != "scan_gradients"
+        if walks and ("shfl" in compiled.asm["ptx"] or compiled.metadata.shared):
             crossing.append(name)
 print(json.dumps([done, crossing]))
+"""
+
+FRONT_END = """
+backend, done = make_backend(TARGET), {}
+for dtype in sys.argv[2:]:
+    for name, kernel in KERNELS.items():
+        free = [flag for flag in FLAGS if flag in kernel.arg_names]
+        for values in itertools.product((False, True), repeat=len(free)):
+            flags, context = dict(zip(free, values)), ir.context()
+            parsed, code = backend.parse_options(options(name)), source(name, dtype, {"ORDERED": False, **flags})
+            ir.load_dialects(context)
+            backend.load_dialects(context)
+            arguments = parsed, backend.get_codegen_implementation(parsed), backend.get_module_map(), context
+            takes_target = len(inspect.signature(code.make_ir).parameters) > len(arguments)  # of Triton 3.5 on
+            try:
+                code.make_ir(*([TARGET] if takes_target else []), *arguments)
+            except Exception as error:
+                raise SystemExit(f"{name} {dtype} {flags}: {error}")
+            done[name] = done.get(name, 0) + 1
+print(json.dumps(done))
 """
 
 
@@ -103,16 +138,30 @@ class TestWithoutAGPU:
         the walks over a chunk, but for the gradients' sums over channels, no value crosses lanes: their speed rests on
         it.
         """
-        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-        environment["TRITON_CACHE_DIR"] = str(tmp_path)
         dtypes = ["fp16", "fp32"] if capability < 80 else ["fp16", "bf16", "fp32"]
-        command = [sys.executable, "-c", COMPILE, str(capability), *dtypes]
-        result = subprocess.run(command, cwd=bundle_root, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-3000:]
+        done, crossing = self.compiled(TO_THE_END, bundle_root, tmp_path, capability, dtypes)
+        assert done == [*self.kernels()] * len(dtypes) and not crossing
+
+    def test_every_kernel_is_sound_with_every_flag(self, bundle_root, tmp_path):
+        """As far as Triton's front end, where types that differ from turn to turn of a loop show."""
+        done = self.compiled(FRONT_END, bundle_root, tmp_path, 90, ["fp16", "bf16", "fp32"])
+        assert list(done) == [*self.kernels()] and done["conv_backward_input"] == 3 * 2**3
+
+    @staticmethod
+    def kernels() -> list[str]:
         from scripts.selective_scan import triton_mixer_kernels, triton_scan_kernels
 
-        done, crossing = json.loads(result.stdout)
-        assert done == (triton_scan_kernels.__all__ + triton_mixer_kernels.__all__) * len(dtypes) and not crossing
+        return triton_scan_kernels.__all__ + triton_mixer_kernels.__all__
+
+    @staticmethod
+    def compiled(script: str, bundle_root: Path, tmp_path: Path, capability: int, dtypes: list[str]) -> Any:
+        """What a script behind COMPILE prints, where Triton compiles and does not interpret."""
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        environment["TRITON_CACHE_DIR"] = str(tmp_path)
+        command = [sys.executable, "-c", COMPILE + script, str(capability), *dtypes]
+        result = subprocess.run(command, cwd=bundle_root, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-3000:]
+        return json.loads(result.stdout)
 
     @pytest.fixture
     def engine(self, monkeypatch):
@@ -133,6 +182,55 @@ class TestWithoutAGPU:
         y.square().sum().backward()
         return [y.detach(), leaf.grad, *(p.grad for p in layer.parameters())]
 
+    @pytest.fixture
+    def launches(self, monkeypatch):
+        """Of each launch, the kernel's name and, by program, the addresses that it loads and those that it stores."""
+        from triton.runtime import interpreter
+
+        builder, execute, launches = interpreter.interpreter_builder, interpreter.GridExecutor.__call__, []
+
+        def launch(executor, *args, **kwargs):
+            launches.append((executor.fn.__name__, {}))
+            return execute(executor, *args, **kwargs)
+
+        def noting(method, kind, mask_at):
+            def access(*args):
+                mask = np.broadcast_to(args[mask_at].data, args[0].data.shape).astype(bool)
+                accesses = launches[-1][1].setdefault(builder.grid_idx, (set(), set()))
+                accesses[kind].update(args[0].data[mask].tolist())
+                return method(*args)
+
+            return access
+
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
+        monkeypatch.setattr(builder, "create_masked_load", noting(builder.create_masked_load, 0, 1))
+        monkeypatch.setattr(builder, "create_masked_store", noting(builder.create_masked_store, 1, 2))
+        return launches
+
+    @pytest.mark.skipif(DEVICE == "cuda", reason="the kernels are not interpreted")
+    @pytest.mark.parametrize("together", [0, 2**23])
+    def test_no_program_touches_what_another_of_its_launch_writes(self, engine, monkeypatch, launches, together):
+        """The interpreter takes one after the other, a GPU all at once. New memory holds NaN, to be written first."""
+        monkeypatch.setattr(engine.mixer, "_TOGETHER", together)
+        monkeypatch.setattr(engine.scan, "_PROGRAMS", 6)
+        monkeypatch.setattr(engine.scan, "_RESIDENT", 2)
+        torch.use_deterministic_algorithms(True)
+        try:
+            layer = ToM(24, scan_engine="triton", d_state=20, orders=("forward", "-wdh"))
+            results = self.gradients(layer, torch.randn(2, 24, 2, 3, 3))
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert all(result.isfinite().all() for result in results)
+        assert {name for name, _ in launches} == {*self.kernels()}
+        for name, programs in launches:
+            writer: dict[int, tuple[int, int, int]] = {}
+            for program, (_, stored) in programs.items():
+                assert stored.isdisjoint(writer), f"two programs of {name} store in one place"
+                writer.update(dict.fromkeys(stored, program))
+            for program, (loaded, _) in programs.items():
+                assert {writer.get(address, program) for address in loaded} <= {program}, name
+
+    @gpu
     def test_offsets_of_64_bits_give_the_same(self, engine, monkeypatch):
         layer, x = ToM(8, scan_engine="triton").to(DEVICE), torch.randn(1, 8, 2, 3, 4, device=DEVICE)
         narrow = self.gradients(layer, x)
@@ -141,6 +239,7 @@ class TestWithoutAGPU:
             monkeypatch.setattr(module, "shape_constants", lambda index, _: {**constants(index, 0), "WIDE": True})
         assert all(torch.equal(a, b) for a, b in zip(self.gradients(layer, x), narrow))
 
+    @gpu
     @pytest.mark.parametrize(
         "batch, size, options",
         [
@@ -158,8 +257,9 @@ class TestWithoutAGPU:
         together = self.gradients(layer, x)
         monkeypatch.setattr(engine.mixer, "_TOGETHER", 0)
         for a, b in zip(self.gradients(layer, x), together):
-            assert (a - b).abs().max() <= 1e-6 * b.abs().max()
+            assert (a - b).abs().max() <= 1e-5 * b.abs().max()  # cuBLAS takes sums in another order for one matrix
 
+    @gpu
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     @pytest.mark.parametrize("groups", [None, 2])
     def test_B_and_C_in_float32_give_the_same(self, engine, monkeypatch, groups, dtype):
@@ -179,6 +279,7 @@ class TestWithoutAGPU:
         assert torch.equal(selective_scan_channels_last(u, step, A, B, C, engine="triton"), expected)
         assert seen == [torch.float32]
 
+    @gpu
     @pytest.mark.parametrize("together", [0, 2**23])
     def test_a_mixer_keeps_what_it_says(self, engine, monkeypatch, together):
         """In bytes a token, but for the orders' indices, which all layers of a size share."""
@@ -194,6 +295,7 @@ class TestWithoutAGPU:
 
         assert kept((2, 4, 4)) - kept((1, 4, 4)) == 16 * 4 * (2 * d + d) + 4 * K * n * d  # one chunk more
 
+    @gpu
     def test_sums_over_channels_in_one_part_or_in_many_agree(self, engine, monkeypatch):
         """And so do they in programs for each, or in few that take one after the other."""
         layer, x = ToM(24, scan_engine="triton").to(DEVICE), torch.randn(1, 24, 1, 3, 4, device=DEVICE)

@@ -69,6 +69,8 @@ def _unsuited(name: str, device: torch.device, dtype: torch.dtype) -> str | None
             return "needs a CUDA device"
         if torch.cuda.get_device_capability(device) < (7, 0):
             return "it needs a GPU of compute capability 7.0 or newer"
+        if torch.version.hip is not None:
+            return "it is written for NVIDIA's GPUs"
     if name in ("numba", "triton", "mamba_ssm") and dtype == torch.float64:
         return "it computes in float32, the tensors are float64"
     return None

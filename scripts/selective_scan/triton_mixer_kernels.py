@@ -120,8 +120,8 @@ def conv_backward_input(
     mask = live[:, None] & valid[None, :]
     x = tl.zeros((T, W), dtype=tl.float32)
     if ADD:
-        at = (b * L + token)[:, None] * d + channels[None, :]
-        x += tl.load(before + at, mask=mask, other=0.0).to(tl.float32)
+        at_before = (b * L + token)[:, None] * d + channels[None, :]
+        x += tl.load(before + at_before, mask=mask, other=0.0).to(tl.float32)
     for order in range(K):
         k = b * 0 + order  # 64 bits wide
         step = token
@@ -135,8 +135,8 @@ def conv_backward_input(
             x += w[None, :] * tl.load(
                 dpre + (k * batch + b) * L * d + at, mask=there[:, None] & valid[None, :], other=0.0
             ).to(tl.float32)
-    at = (b * L + token)[:, None] * columns + channels[None, :]
-    tl.store(dx + at, x.to(dx.dtype.element_ty), mask=mask)
+    at_dx = (b * L + token)[:, None] * columns + channels[None, :]
+    tl.store(dx + at_dx, x.to(dx.dtype.element_ty), mask=mask)
 
 
 @triton.jit

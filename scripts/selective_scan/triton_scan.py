@@ -119,7 +119,8 @@ class Scan:
         self.rows, self.length, self.d = u.shape
         self.groups, self.n = B.shape[2], A.shape[2]
         self.batch = self.rows // len(A)
-        self.u, self.delta, self.z = u.contiguous(), delta.contiguous(), or_any(z, u).contiguous()
+        self.u, self.delta = u.contiguous(), delta.contiguous()
+        self.z = or_any(z, self.u).contiguous()
         self.B, self.C = (x if _columns(x) else x.contiguous() for x in (B, C))
         self.columns = [_columns(x) for x in (self.B, self.C)]
         self.A2 = (A * _LOG2E).transpose(1, 2).contiguous()
