@@ -12,10 +12,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from urllib.error import URLError
+from tempfile import TemporaryDirectory
 
-from monai.apps import DecathlonDataset, download_and_extract
+from monai.apps import DecathlonDataset, download_url, extractall
 from monai.apps.utils import HashCheckError
 
 __all__ = ["download"]
@@ -31,7 +32,8 @@ def download(task: str, output_dir: str = "data") -> None:
         output_dir: folder that will hold the task's folder and, beside it, the archive.
 
     Raises:
-        ValueError: When there is no such task, or what was downloaded has another MD5 sum.
+        ValueError: When there is no such task, what was downloaded has another MD5 sum, or the task's folder is there
+            without its dataset.json.
         OSError: When the download fails.
     """
     if task not in DecathlonDataset.resource:
@@ -40,17 +42,21 @@ def download(task: str, output_dir: str = "data") -> None:
     if (folder / task / "dataset.json").is_file():
         print(f"{folder / task} is there already.")
         return
+    if (folder / task).exists():
+        raise ValueError(f"{folder / task} exists, but has no dataset.json: remove it, and it is unpacked anew.")
     url, archive = DecathlonDataset.resource[task], folder / f"{task}.tar"
     try:
-        download_and_extract(url, archive, folder, DecathlonDataset.md5[task], hash_type="md5")
+        download_url(url, archive, DecathlonDataset.md5[task], hash_type="md5")
     except (HashCheckError, RuntimeError) as error:
         raise ValueError(
             f"{url} is not what was expected, or is damaged; delete {archive} and try again: {error}"
         ) from error
-    except URLError as error:
-        raise OSError(
-            f"{url} cannot be reached: {error.reason}. Download it by hand and unpack it in {folder}."
-        ) from error
+    except OSError as error:  # a URLError tells more in its reason
+        reason = getattr(error, "reason", error)
+        raise OSError(f"{url} cannot be had: {reason}. Download it by hand and put it at {archive}.") from error
+    with TemporaryDirectory(prefix=f"{task}.", dir=folder) as unpacked:  # so that what is there is whole
+        extractall(archive, unpacked, has_base=False)
+        os.replace(Path(unpacked, task), folder / task)
     print(f"{folder / task} is ready: give it to a config as --dataset_dir.")
 
 

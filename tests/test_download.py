@@ -15,6 +15,7 @@ import http.server
 import tarfile
 import threading
 from functools import partial
+from pathlib import Path
 
 import pytest
 from monai.apps import DecathlonDataset
@@ -58,9 +59,36 @@ def test_another_sum_is_refused(served, tmp_path, monkeypatch):
     assert not (tmp_path / "data" / "Task09_Spleen").exists()
 
 
+def test_an_interrupted_unpacking_leaves_no_task_behind(served, tmp_path, monkeypatch):
+    def interrupted(archive, folder, **options):
+        (folder_of_task := Path(folder, "Task09_Spleen")).mkdir()
+        (folder_of_task / "dataset.json").write_text("{")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("scripts.download.extractall", interrupted)
+        download("Task09_Spleen", str(tmp_path / "data"))
+    assert [file.name for file in (tmp_path / "data").iterdir()] == ["Task09_Spleen.tar"]
+    served.unlink()  # what was fetched is not fetched again
+    download("Task09_Spleen", str(tmp_path / "data"))
+    assert len(load_datalist(tmp_path / "data" / "Task09_Spleen", "all")) == 4
+
+
+def test_half_a_folder_is_not_taken_for_the_task(served, tmp_path):
+    (tmp_path / "data" / "Task09_Spleen" / "imagesTr").mkdir(parents=True)
+    with pytest.raises(ValueError, match="has no dataset.json: remove it"):
+        download("Task09_Spleen", str(tmp_path / "data"))
+
+
+def test_without_a_network(tmp_path, monkeypatch):
+    monkeypatch.setitem(DecathlonDataset.resource, "Task09_Spleen", "http://nowhere.invalid/Task09_Spleen.tar")
+    with pytest.raises(OSError, match="nowhere.invalid.*cannot be had: .*by hand"):
+        download("Task09_Spleen", str(tmp_path / "data"))
+
+
 def test_what_cannot_be_had(served, tmp_path):
     served.unlink()
-    with pytest.raises(OSError, match="cannot be reached: .*by hand"):
+    with pytest.raises(OSError, match="cannot be had: .*by hand"):
         download("Task09_Spleen", str(tmp_path / "data"))
     with pytest.raises(ValueError, match="there is no task 'Task9'; there are: Task01_BrainTumour"):
         download("Task9", str(tmp_path / "data"))
