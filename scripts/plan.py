@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from monai.apps.auto3dseg import DataAnalyzer
+from monai.transforms import LoadImage, Orientation, generate_spatial_bounding_box
 
 from scripts.benchmark.measuring import free_gb
 from scripts.benchmark.memory import WIDTHS, step_bytes
@@ -38,6 +39,7 @@ _COARSE = 1.5  # an axis this much coarser than the finest keeps its resolution 
 _LEAST = 16  # voxels an axis of a patch
 _MULTIPLE = 8  # voxels; SegResMamba needs none, but odd sizes on the way down are padded
 _MR = re.compile(r"\b(mri?|t[12]\w*|flair|pd|dwi|adc)\b", re.IGNORECASE)  # what channels of MR images are called
+_SIDE = re.compile(r"(?<![a-z0-9])(left|right|lt|rt|l|r|lh|rh)(?![a-z0-9])", re.IGNORECASE)
 _USUAL = 96**3  # voxels of a patch as the paper's
 
 
@@ -53,7 +55,8 @@ class Statistics:
         groups: number of groups of them, such as the images of one patient, which no split parts.
         spacing: voxel sizes in mm of each case, shape (cases, 3).
         shape: voxels of each case, shape (cases, 3).
-        cropped_shape: voxels of the box around its intensities above 0, shape (cases, 3).
+        cropped_shape: voxels of the box around its intensities above 0, of CT those of the image, shape (cases, 3).
+        zeros: share of the voxels that are exactly 0 in all channels, mean of the cases; of CT 0.
         intensity: mean over the cases with foreground of the 0.5 and the 99.5 percentile of its intensities, by
             channel.
         described: what dataset.json says of the data set: "name", "reference", "licence" or "license".
@@ -66,13 +69,14 @@ class Statistics:
     spacing: np.ndarray
     shape: np.ndarray
     cropped_shape: np.ndarray
+    zeros: float
     intensity: Sequence[tuple[float, float]]
     described: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_ct(self) -> bool:
         """Intensities are Hounsfield units."""
-        return all(name.strip().upper() == "CT" for name in self.channels)
+        return _is_ct(self.channels)
 
     @property
     def filled(self) -> float:
@@ -81,8 +85,11 @@ class Statistics:
 
     @property
     def is_zero_outside(self) -> bool:
-        """The images are 0 around their object; nnU-Net's rule, a quarter of the voxels or more."""
-        return not self.is_ct and self.filled < 0.75
+        """
+        The images are 0 around their object; nnU-Net's rule, a quarter of the voxels or more. Outside the boxes of an
+        image that was normalised as a whole its background is below 0 instead.
+        """
+        return not self.is_ct and self.filled < 0.75 and self.zeros >= 0.9 * (1 - self.filled)
 
 
 def analyze(dataset_dir: str | os.PathLike) -> Statistics:
@@ -111,24 +118,40 @@ def analyze(dataset_dir: str | os.PathLike) -> Statistics:
         missed = len(cases) - len(found["stats_by_cases"])
         raise ValueError(f"{dataset_dir}: MONAI's DataAnalyzer could not process {missed} cases; its log names them.")
     images = [case["image_stats"] for case in found["stats_by_cases"]]
-    content = json.loads((Path(dataset_dir).expanduser() / "dataset.json").read_text(encoding="utf-8"))
+    content = json.loads((Path(str(dataset_dir)).expanduser() / "dataset.json").read_text(encoding="utf-8"))
     modality = content.get("modality", content.get("channel_names"))
+    channels = [str(name) for name in (modality.values() if isinstance(modality, dict) else modality)]
+    boxes = [([*shape], 0.0) for shape in (image["shape"][0] for image in images)]
+    if not _is_ct(channels):
+        boxes = [_box(case["image"]) for case in cases]
     labelled = [case for case in found["stats_by_cases"] if len(case["label_stats"]["labels"]) > 1]  # not all 0
     foreground = [case["image_foreground_stats"]["intensity"] for case in labelled or found["stats_by_cases"]]
     return Statistics(
         class_names=list(classes.values()),
-        channels=[str(name) for name in (modality.values() if isinstance(modality, dict) else modality)],
+        channels=channels,
         cases=len(cases),
         groups=len(set(case_groups(cases))),
         spacing=np.array([image["spacing"] for image in images], dtype=float).reshape(-1, 3),
         shape=np.array([image["shape"][0] for image in images]),
-        cropped_shape=np.array([image["cropped_shape"][0] for image in images]),
+        cropped_shape=np.array([box for box, _ in boxes]),
+        zeros=float(np.mean([zeros for _, zeros in boxes])),
         intensity=[
             (_mean(foreground, k, "percentile_00_5"), _mean(foreground, k, "percentile_99_5"))
             for k in range(len(foreground[0]))
         ],
         described={key: str(content[key]) for key in ("name", "reference", "licence", "license") if content.get(key)},
     )
+
+
+def _is_ct(channels: Sequence[str]) -> bool:
+    return all(name.strip().upper() == "CT" for name in channels)
+
+
+def _box(files: str | Sequence[str]) -> tuple[list[int], float]:
+    """Voxels of the box around what is above 0, whose first axis the analyzer leaves whole, and the share of zeros."""
+    image = Orientation("RAS")(LoadImage(image_only=True, ensure_channel_first=True)(files))
+    start, end = generate_spatial_bounding_box(image, allow_smaller=True)
+    return [max(1, b - a) for a, b in zip(start, end)], float((image == 0).all(0).float().mean())
 
 
 def _mean(cases: Sequence[Sequence[dict[str, float]]], channel: int, key: str) -> float:
@@ -165,7 +188,7 @@ def task_overlay(found: Statistics, dataset_dir: str | os.PathLike, memory_gb: f
     interval = max(1, epochs // 50)
     lines = [
         f"# Planned by scripts.plan from {found.cases} cases for {memory_gb:g} GB. Each choice may be changed.",
-        f"dataset_dir: {json.dumps(str(Path(dataset_dir).expanduser().resolve()))}",
+        f"dataset_dir: {json.dumps(str(Path(str(dataset_dir)).expanduser().resolve()))}",
         f"num_folds: {num_folds}  # five, or one for each case or group; fold 0 is held out to validate on",
         f"class_names: {json.dumps(list(found.class_names))}  # of dataset.json, here for images without one",
         f"in_channels: {len(found.channels)}  # {', '.join(found.channels)}",
@@ -173,6 +196,7 @@ def task_overlay(found: Statistics, dataset_dir: str | os.PathLike, memory_gb: f
         f"spacing: {_list(spacing)}  # mm, {_spacing_reason(found.spacing)}",
         f"stem_stride: {stem}  # {_stem_reason(stem)}",
         *_rotation_lines(stem),
+        *_mirror_lines(found.class_names),
         f"# SegResMamba's {width} width: full where it leaves room for half the median image or 96 x 96 x 96 voxels.",
         *(f"{key}: {json.dumps(value)}" for key, value in WIDTHS[width].items()),
         "learning_rate: 0.001  # top of the one cycle, AdamW; the compact hippocampus network bears 0.003",
@@ -182,7 +206,7 @@ def task_overlay(found: Statistics, dataset_dir: str | os.PathLike, memory_gb: f
         f"val_interval: {interval}  # epochs, some 50 validations",
         f"save_interval: {interval}  # epochs, a checkpoint to go on from beside each validation",
         f"cache_rate: {_cache_rate(found, spacing)}  # share of the images that half of the memory now free here holds",
-        *_meta_lines(found, Path(dataset_dir).expanduser().resolve().name),
+        *_meta_lines(found, Path(str(dataset_dir)).expanduser().resolve().name),
     ]
     return "\n".join(lines) + "\n"
 
@@ -200,6 +224,8 @@ def plan(dataset_dir: str, output: str, memory_gb: float = 8.0) -> None:
         FileNotFoundError: When the folder or a file does not exist.
         ValueError: When the data set is malformed, ``output`` exists or is no YAML file, or the memory is too small.
     """
+    if not isinstance(memory_gb, (int, float)) or not memory_gb > 0:
+        raise ValueError(f"memory_gb must be a number of GB, such as 8, got {memory_gb!r}.")
     if Path(output).suffix not in (".yaml", ".yml"):
         raise ValueError(f"{output}: the overlay is a YAML file: give --output a name that ends in .yaml.")
     if Path(output).exists():
@@ -248,6 +274,17 @@ def _rotation_lines(stem: Sequence[int]) -> list[str]:
     return [f"rotate_axes: [{stem.index(1)}]  # random rotations stay within the slices"]
 
 
+def _mirror_lines(class_names: Sequence[str]) -> list[str]:
+    """Left and right are mirrored unless a class is named after one: then its mirror image may look like the other."""
+    sides = [name for name in class_names if _SIDE.search(re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name))]
+    if not sides:
+        return ["mirror_axes: [0]  # half of the patches have left and right mirrored: no class is named after a side"]
+    return [
+        f"mirror_axes: []  # none: left and right are different classes ({sides[0]})",
+        "flip_prob: 0.0",
+    ]
+
+
 def _patch(
     median: np.ndarray, spacing: np.ndarray, stem: Sequence[int], found: Statistics, memory_gb: float
 ) -> tuple[str, list[int], int, float]:
@@ -281,12 +318,13 @@ def _intensity_lines(found: Statistics) -> list[str]:
     if found.is_ct:
         low = min(low for low, _ in found.intensity)
         high = max(high for _, high in found.intensity)
+        digits = max(0, 2 - math.floor(math.log10(max(high - low, 1e-6))))  # of CT that is scaled to [0, 1], too
         return [
             "intensity:  # CT: the window from the 0.5 to the 99.5 percentile of the foreground, mean of the cases",
             "  _target_: ScaleIntensityRanged",
             "  keys: image",
-            f"  a_min: {low:.0f}  # Hounsfield units",
-            f"  a_max: {high:.0f}",
+            f"  a_min: {low:.{digits}f}  # Hounsfield units",
+            f"  a_max: {high:.{digits}f}",
             "  b_min: 0.0",
             "  b_max: 1.0",
             "  clip: true",

@@ -47,6 +47,7 @@ def statistics(**changes) -> Statistics:
         spacing=np.ones((cases, 3)),
         shape=np.full((cases, 3), 200),
         cropped_shape=np.full((cases, 3), 200),
+        zeros=0.0,
         intensity=[(-100.4, 300.6)],
     )
     return replace(found, **changes)
@@ -115,9 +116,42 @@ def test_intensities():
     assert (window["a_min"], window["a_max"], window["clip"]) == (-100, 301, True)
     whole = planned(channels=["T1", "FLAIR"], intensity=[(0, 1), (0, 1)])
     assert whole["intensity"]["nonzero"] is False and "foreground_crop" not in whole and whole["in_channels"] == 2
-    stripped = planned(channels=["T1"], cropped_shape=np.full((20, 3), 150))
+    stripped = planned(channels=["T1"], cropped_shape=np.full((20, 3), 150), zeros=0.6)
     assert stripped["intensity"]["nonzero"] is True and stripped["foreground_crop"]["source_key"] == "image"
     assert max(stripped["patch_size"]) <= 152  # of what is left after cropping
+    normalised = planned(channels=["T1"], cropped_shape=np.full((20, 3), 150))  # what lies around is below 0, not 0
+    assert normalised["intensity"]["nonzero"] is False and "foreground_crop" not in normalised
+    scaled = planned(intensity=[(0.0123, 1.0)])["intensity"]
+    assert (scaled["a_min"], scaled["a_max"]) == (0.012, 1.0)
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_what_lies_around_the_object_is_looked_at(phantoms, tmp_path, zero):
+    shutil.copytree(phantoms, tmp_path / "data")
+    for file in (tmp_path / "data" / "imagesTr").iterdir():
+        image = nib.load(file)
+        values = np.full(image.shape, 0.0 if zero else -0.8, np.float32)
+        values[8:-8, 8:-8, 8:-8] = 1.0
+        nib.save(nib.Nifti1Image(values, image.affine), file)
+    content = json.loads((tmp_path / "data" / "dataset.json").read_text())
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps({**content, "modality": {"0": "T1"}}))
+    found = analyze(tmp_path / "data")
+    assert found.is_zero_outside is zero
+    assert np.array_equal(found.cropped_shape, found.shape - 16)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["left kidney", "right kidney"], ["kidney_L"], ["lh-hippocampus"], ["Right_Lung"], ["kidneyLeft"], ["Lt kidney"]],
+)
+def test_sides_are_not_mirrored(names):
+    found = planned(class_names=["background", *names])
+    assert found["mirror_axes"] == [] and found["flip_prob"] == 0
+
+
+def test_other_classes_are_mirrored():
+    for name in ("liver", "leftover", "bright spot", "vertebrae_L1", "T2"):
+        assert planned(class_names=["background", name])["mirror_axes"] == [0]
 
 
 def test_anisotropic_spacing():
@@ -193,7 +227,7 @@ def test_what_cannot_be_planned_is_one_clear_error(phantoms, tmp_path):
 
 def test_the_keys_are_those_of_the_configs():
     config = json.loads((BUNDLE_ROOT / "configs" / "train.json").read_text())
-    everything = task_overlay(statistics(channels=["T1"], cropped_shape=np.full((20, 3), 90)), "data", 8)
+    everything = task_overlay(statistics(channels=["T1"], cropped_shape=np.full((20, 3), 90), zeros=0.9), "data", 8)
     assert set(yaml.safe_load(everything)) - {"_meta_"} <= set(config)
 
 
