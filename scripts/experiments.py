@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from monai.bundle import ConfigParser
+from monai.utils import ensure_tuple
 
 from scripts.clear_errors import listed
 from scripts.evaluation import read_cases
@@ -93,12 +94,12 @@ def planned_runs(plan: str) -> Iterator[Run]:
         raise ValueError(
             f"{plan}: expected the keys {', '.join(sorted(_KEYS))}; unknown: {', '.join(sorted(unknown))}."
         )
-    every = {key: content.get(key, [0]) for key in ("folds", "seeds")}
+    every = {key: _numbers(plan, key, content.get(key, 0)) for key in ("folds", "seeds")}
     runs: list[Run] = []
     for name, arm in arms.items():
-        for seed in arm.get("seeds", every["seeds"]):
-            for fold in arm.get("folds", every["folds"]):
-                base = Run("", fold, seed, tuple(content.get("configs", [])), content.get("overrides", {}))
+        for seed in _numbers(plan, "seeds", arm.get("seeds", every["seeds"])):
+            for fold in _numbers(plan, "folds", arm.get("folds", every["folds"])):
+                base = Run("", fold, seed, ensure_tuple(content.get("configs") or ()), content.get("overrides", {}))
                 other = None
                 if "weights_of" in arm:
                     wanted = replace(base, arm=arm["weights_of"]).name
@@ -106,10 +107,17 @@ def planned_runs(plan: str) -> Iterator[Run]:
                     if other is None:
                         raise ValueError(f"{plan}: weights_of of {name}: there is no training {wanted} above it.")
                     base = other
-                configs = (*base.configs, *arm.get("configs", []))
+                configs = (*base.configs, *ensure_tuple(arm.get("configs") or ()))
                 runs.append(Run(name, fold, seed, configs, {**base.overrides, **arm.get("overrides", {})}, other))
     # Stable: arms in their order, but what waits for another's weights behind the trainings.
     yield from sorted(runs, key=lambda run: (run.seed, run.fold, run.weights_of is not None))
+
+
+def _numbers(plan: str, key: str, value: Any) -> tuple[int, ...]:
+    numbers = ensure_tuple(value)
+    if not all(isinstance(number, int) for number in numbers):
+        raise ValueError(f"{plan}: {key} must be a whole number or a list of them, got {value!r}.")
+    return numbers
 
 
 def experiments(
@@ -263,7 +271,7 @@ def _identity(run: Run, dataset_dir: str) -> dict[str, Any]:
     overlays = json.dumps([ConfigParser.load_config_file(file) for file in run.configs], sort_keys=True, default=str)
     return {
         **run.settings,
-        "dataset_dir": os.path.realpath(os.path.expanduser(dataset_dir)),
+        "dataset_dir": os.path.realpath(os.path.expanduser(str(dataset_dir))),
         "overlays_sha256": hashlib.sha256(overlays.encode()).hexdigest(),
     }
 

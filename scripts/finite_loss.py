@@ -17,9 +17,17 @@ from ignite.engine import Engine, Events
 
 __all__ = ["FiniteLoss"]
 
+_SKIPPED = 50  # steps after which a scaler's factor, halved at each, is as good as zero
+
 
 class FiniteLoss:
-    """Stops a training whose loss is no longer a number, instead of letting it run on for nothing."""
+    """
+    Stops a training whose loss is no longer a number, instead of letting it run on for nothing. In fp16 the gradient
+    scaler skips steps whose gradients are none: there it stops after fifty such losses in a row.
+    """
+
+    def __init__(self) -> None:
+        self.in_a_row = 0
 
     def attach(self, engine: Engine) -> None:
         """
@@ -34,13 +42,12 @@ class FiniteLoss:
             engine: the trainer.
 
         Raises:
-            ValueError: When the loss of an iteration is NaN or infinite.
+            ValueError: When the loss of an iteration is NaN or infinite, in fp16 that of fifty in a row.
         """
-        if engine.scaler is not None:  # in fp16 the gradient scaler skips such a step
-            return
         loss = float(engine.state.output[0]["loss"])
-        if not math.isfinite(loss):
+        self.in_a_row = 0 if math.isfinite(loss) else self.in_a_row + 1
+        if self.in_a_row >= (1 if engine.scaler is None else _SKIPPED):
             raise ValueError(
                 f"The training loss is {loss} in epoch {engine.state.epoch}, iteration {engine.state.iteration}: lower "
-                "learning_rate, set precision to 'fp32', or look for damaged images. The last checkpoint is sound."
+                "learning_rate, set precision to 'fp32', or look for damaged images. The weights last saved are sound."
             )

@@ -163,7 +163,8 @@ class TrainingCheckpoint:
         checkpoint = self._read()
         now = {**engine.state_dict(), **self.plan}
         then = {**checkpoint["trainer"], **checkpoint["plan"]}
-        differing = [key for key in now if key != "iteration" and now[key] != then.get(key)]
+        # A setting that the file does not have is of a later version of the bundle.
+        differing = [key for key in now if key != "iteration" and now[key] != then.get(key, now[key])]
         if differing:
             listed = ", ".join(f"{key} {then.get(key)} then, {now[key]} now" for key in differing)
             raise ValueError(f"{self.path} belongs to a training with other settings ({listed}): resume with the same.")

@@ -68,7 +68,9 @@ def _check_large_file(checkpoint: str | os.PathLike, large_files: str | os.PathL
             f"There are no weights at {checkpoint}: fetch them from {listed['url']} with "
             f'python -m monai.bundle download_large_files --bundle_path "{folder}"'
         )
-    if listed is not None and not check_hash(checkpoint, listed["hash_val"], listed["hash_type"]):
+    if listed is None or not listed.get("hash_val"):
+        return
+    if not check_hash(checkpoint, listed["hash_val"], listed.get("hash_type") or "sha256"):
         raise ValueError(
             f"{checkpoint} is not the file that {large_files} describes (its hash differs): it is damaged, or a "
             "training has written its own there. Move those to another folder, to give as --ckpt_dir, and fetch this "
@@ -119,21 +121,27 @@ def read_weights(checkpoint: str | os.PathLike, key: str) -> dict[str, torch.Ten
 
     Raises:
         FileNotFoundError: When the file does not exist.
-        ValueError: When it holds no weights.
+        ValueError: When it holds no weights, or some that are no numbers.
     """
     if not os.path.isfile(checkpoint):
         raise FileNotFoundError(f"There are no weights at {checkpoint}: train first, or give {key} where they lie.")
+    expected = "expected a state dict, or one under 'model', as torch.save writes it"
     try:
         weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        weights = weights.get("model", weights)
-        if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-            raise ValueError("not a state dict")
-    except Exception as error:
-        raise ValueError(f"{checkpoint} holds no weights that can be read: {error}") from error
+    except Exception as error:  # many kinds, by what the file is; an UnpicklingError tells how to run its code
+        reason = "it is empty" if os.path.getsize(checkpoint) == 0 else "it is damaged, or holds other things"
+        raise ValueError(f"{checkpoint} holds no weights that can be read: {reason}; {expected}.") from error
+    weights = weights.get("model", weights) if isinstance(weights, dict) else {}
+    weights = weights if isinstance(weights, dict) else {}
+    if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise ValueError(f"{checkpoint} holds no weights that can be read: {expected}.")
+    spoilt = next((name for name, value in weights.items() if not torch.isfinite(value).all()), None)
+    if spoilt is not None:
+        raise ValueError(f"{checkpoint} holds values in {spoilt} that are no numbers, or infinite.")
     return weights
 
 
-def shippable(checkpoint: str, output: str, half: bool = True) -> None:
+def shippable(checkpoint: str, output: str, half: bool = True) -> str:
     """
     Write the weights alone of a checkpoint, for shipping: of ``models/last.pt`` those of the last step. Networks load
     them in half precision as they load others, and compute in their own.
@@ -142,6 +150,9 @@ def shippable(checkpoint: str, output: str, half: bool = True) -> None:
         checkpoint: file with a state dict, or with one under "model".
         output: file to write.
         half: in half precision, half as large.
+
+    Returns:
+        ``output``, so that a config may evaluate what it writes.
 
     Raises:
         FileNotFoundError: When the checkpoint does not exist.
@@ -152,10 +163,11 @@ def shippable(checkpoint: str, output: str, half: bool = True) -> None:
         weights = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
     for name, value in weights.items():
         if not torch.isfinite(value).all():
-            raise ValueError(f"{checkpoint}: {name} holds values that are no numbers, or too large: give --half False.")
+            raise ValueError(f"{checkpoint}: {name} holds values too large for half precision: give --half False.")
     with whole_file(output) as part:
         torch.save(weights, part)
     print(f"{output}: {len(weights)} tensors, {os.path.getsize(output) / 1e6:.1f} MB")
+    return output
 
 
 if __name__ == "__main__":

@@ -90,5 +90,23 @@ def test_weights_to_ship(bundle, capsys):
 def test_a_pickle_of_anything_else_is_refused(bundle):
     folder, network = bundle
     torch.save(network, folder / "models" / "whole.pt")  # a pickled module, which could run any code when loaded
-    with pytest.raises(ValueError, match="holds no weights that can be read"):
+    with pytest.raises(ValueError, match="can be read: it is damaged, or holds other things; expected a state dict"):
         check_weights(folder / "models" / "whole.pt", network)
+
+
+def test_files_of_other_kinds_are_refused(bundle):
+    folder, network = bundle
+    file = folder / "models" / "other.pt"
+    for content, message in ((b"", "it is empty"), (b"a text", "it is damaged, or holds other things")):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=f"other.pt holds no weights that can be read: {message}"):
+            check_weights(file, network)
+    for other in ([torch.zeros(1)], {}, {"epoch": 3}, {"model": "segresnet"}, {"model": torch.zeros(1)}):
+        torch.save(other, file)
+        with pytest.raises(ValueError, match="other.pt holds no weights that can be read: expected a state dict"):
+            check_weights(file, network)
+    weights = network.state_dict()
+    weights["bias"][1] = float("nan")
+    torch.save(weights, file)
+    with pytest.raises(ValueError, match="other.pt holds values in bias that are no numbers"):
+        check_weights(file, network)
