@@ -264,6 +264,19 @@ def test_dynunet():
     assert f"rises from {float(curve['30']):.3f} to {float(curve['40']):.3f}" in text
 
 
+def test_weights_in_half_precision():
+    changes = []
+    for k in range(5):
+        whole, half = (read("confirmation", f"segresmamba_equal_time{end}", k)["cases"] for end in ("", "_half"))
+        assert whole.keys() == half.keys()
+        changes += [half[name]["val_mean_dice"]["mean"] - whole[name]["val_mean_dice"]["mean"] for name in half]
+    assert len(changes) == 208 and abs(statistics.mean(changes)) < 0.0001
+    card = " ".join((BUNDLE_ROOT / "docs" / "README.md").read_text().split())
+    most = max(map(abs, changes))
+    assert f"differs by less than 0.0001, and no case changes by more than {most:.4f}." in page_text()
+    assert f"changed no case's Dice by more than {most:.4f};" in card
+
+
 def test_tom():
     """At as many steps and at equal time: over the folds; the network with ToM is the reference in one report alone."""
     text = page_text()
