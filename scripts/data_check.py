@@ -32,6 +32,7 @@ def check_dataset(
     num_channels: int | None = None,
     image_key: str = "image",
     label_key: str | None = "label",
+    label_values: Sequence[int] | None = None,
     check_finite: bool = True,
     check_affine: bool = True,
     max_problems: int = 10,
@@ -47,9 +48,10 @@ def check_dataset(
         num_channels: number of channels that every image must have. When None, as many as the first image has.
         image_key: key of the image paths.
         label_key: key of the label path, or None to check images alone.
+        label_values: the values that labels may have. When None, those from 0 to ``num_classes - 1``.
         check_finite: whether NaN and infinite values in an image are problems.
-        check_affine: whether it is a problem when image and label lie further apart in space than one voxel's diagonal,
-            since they no longer match once resampled.
+        check_affine: whether it is a problem when image and label lie further apart in space than half a voxel: once
+            brought to one grid, which a training does by their places in space, they no longer match.
         max_problems: number of problems to print in full; the others are counted.
         progress: whether to show a progress bar, where tqdm is installed.
 
@@ -68,6 +70,7 @@ def check_dataset(
     sizes: list[tuple[int, ...]] = []
     spacings: list[tuple[float, ...]] = []
     values: set[int] = set()
+    allowed = np.asarray(range(num_classes) if label_values is None else label_values)
     loader = LoadImage(image_only=True, ensure_channel_first=True)
     for index, item in enumerate(cases):
         if index in damaged:
@@ -85,7 +88,8 @@ def check_dataset(
             continue
         label, message = _read(loader, item[label_key])
         if label is not None:
-            message = _label_problems(label, image, item[label_key], num_classes, check_affine)
+            volume = image if image is not None and image.ndim == 4 else None
+            message = _label_problems(label, volume, item[label_key], allowed, check_affine)
             values.update(() if message else np.unique(label).astype(int).tolist())
         if message:
             problems.append(([index], message))
@@ -100,7 +104,8 @@ def check_dataset(
     found = [f"{len(datalist)} cases", f"{num_channels} channel" + ("s" if num_channels != 1 else "")]
     found += [_range(sizes) + " voxels", _range(spacings) + " mm"]
     if label_key is not None:
-        found.append(f"label values {', '.join(map(str, sorted(values)))} of 0 to {num_classes - 1}")
+        of = f"0 to {num_classes - 1}" if label_values is None else _listed(allowed)
+        found.append(f"label values {', '.join(map(str, sorted(values)))} of {of}")
     return "; ".join(found)
 
 
@@ -108,6 +113,13 @@ def _range(triples: Sequence[tuple[float, ...]]) -> str:
     """Least to most along each axis."""
     ends = [(min(axis), max(axis)) for axis in zip(*triples)]
     return " x ".join(f"{low:g}" if low == high else f"{low:g}-{high:g}" for low, high in ends)
+
+
+def _listed(allowed: np.ndarray) -> str:
+    """The values a label may have."""
+    if np.array_equal(allowed, np.arange(len(allowed))):
+        return f"from 0 to {len(allowed) - 1} (num_classes={len(allowed)})"
+    return ", ".join(map(str, allowed))
 
 
 def _missing_files(datalist: Sequence[dict], image_key: str, label_key: str | None) -> list[tuple[list[int], str]]:
@@ -153,6 +165,8 @@ def _image_problems(
     image: torch.Tensor, files: str | Sequence[str], num_channels: int, check_finite: bool
 ) -> str | None:
     faults = []
+    if image.ndim != 4:
+        faults.append(f"is no volume, but has {image.ndim - 1} axes")
     if image.shape[0] != num_channels:
         faults.append(f"has {image.shape[0]} channels instead of {num_channels}")
     if check_finite and not torch.isfinite(image).all():
@@ -161,7 +175,7 @@ def _image_problems(
 
 
 def _label_problems(
-    label: torch.Tensor, image: torch.Tensor | None, file: str, num_classes: int, check_affine: bool
+    label: torch.Tensor, image: torch.Tensor | None, file: str, allowed: np.ndarray, check_affine: bool
 ) -> str | None:
     faults = []
     if label.shape[0] != 1:
@@ -175,17 +189,18 @@ def _label_problems(
     values = np.asarray(label)
     if not (values == np.rint(values)).all():
         example = values[values != np.rint(values)].flat[0]
-        faults.append(f"label values must be whole numbers, found {example:g}")
-    elif values.min() < 0 or values.max() >= num_classes:
+        faults.append(f"label values must be whole numbers, found {example:.9g}")
+    else:
         found = np.unique(values)
-        wrong = [f"{v:g}" for v in found[(found < 0) | (found >= num_classes)]]
+        wrong = [f"{v:g}" for v in found[~np.isin(found, allowed)]]
         shown = ", ".join(wrong[:5]) + (", ..." if len(wrong) > 5 else "")
-        faults.append(f"label values must be from 0 to {num_classes - 1} (num_classes={num_classes}), found {shown}")
+        if wrong:
+            faults.append(f"label values must be {_listed(allowed)}, found {shown}")
     return f"{_short(file)}: {', '.join(faults)}" if faults else None
 
 
 def _corner_distance(image: Any, label: Any) -> tuple[float, float]:
-    """Return how far the corner voxels of two arrays of one shape lie apart at most, and a voxel's diagonal, in mm."""
+    """Return how far the corner voxels of two arrays of one shape lie apart at most, and half a voxel, in mm."""
     affines = [np.asarray(array.affine, dtype=np.float64) for array in (image, label)]
     rank = affines[0].shape[0] - 1
     if affines[0].shape != affines[1].shape or image.ndim - 1 != rank:
@@ -193,4 +208,5 @@ def _corner_distance(image: Any, label: Any) -> tuple[float, float]:
     corners = np.array([[*corner, 1] for corner in np.ndindex(*(2,) * rank)], dtype=np.float64)
     corners[:, :rank] *= np.array(image.shape[1:]) - 1
     apart = corners @ (affines[0] - affines[1]).T
-    return float(np.linalg.norm(apart[:, :rank], axis=1).max()), float(np.linalg.norm(affines[0][:rank, :rank]))
+    voxel = np.linalg.norm(affines[0][:rank, :rank], axis=0)
+    return float(np.linalg.norm(apart[:, :rank], axis=1).max()), float(voxel.min() / 2)

@@ -112,7 +112,9 @@ def _volumes(path: Path, layout: str) -> list[dict]:
             except (NoCasesError, NoLabelError):
                 pass  # all have labels, or a folder of plain images
     index = path / "dataset.json"
-    if index.is_file() and json.loads(index.read_text(encoding="utf-8")).get("test"):
+    content = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+    of_nnunet = "test" not in content and "file_ending" in content and (path / "imagesTs").is_dir()
+    if content.get("test") or of_nnunet:
         return [{"image": item["image"]} for item in load_datalist(path, "test")]
     folder = path / "imagesTs" if (path / "imagesTs").is_dir() else path
     files = (file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))

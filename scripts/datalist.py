@@ -13,7 +13,8 @@
 
 Unless another layout is named, it is the Medical Segmentation Decathlon's: a folder with ``dataset.json`` beside
 ``imagesTr``, ``labelsTr`` and, for test cases, ``imagesTs``. The ``training`` entries of dataset.json hold an ``image``
-(one file, or a list of files, one per channel) and a ``label``.
+(one file, or a list of files, one per channel) and a ``label``. nnU-Net v2's raw folders are read as well: there
+dataset.json lists no cases, but tells the files' ending, and the number of the channel ends an image's name.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from monai.data import load_decathlon_datalist, partition_dataset
 from monai.utils import ensure_tuple
 
 from scripts.layouts import layout_cases
+from scripts.output import case_name
 
 __all__ = ["case_groups", "dataset_channels", "dataset_classes", "load_datalist"]
 
@@ -123,7 +125,7 @@ def case_groups(items: Sequence[Mapping[str, Any]]) -> list[int | str]:
 
 
 def _case_name(item: dict) -> str:
-    return item.get("case") or re.sub(r"\.nii(\.gz)?$", "", os.path.basename(ensure_tuple(item["image"])[0]))
+    return item.get("case") or case_name(ensure_tuple(item["image"])[0])
 
 
 def dataset_channels(dataset_dir: str | os.PathLike) -> int:
@@ -164,6 +166,8 @@ def dataset_classes(dataset_dir: str | os.PathLike) -> dict[int, str]:
     if not isinstance(labels, dict) or not labels:
         raise ValueError(f"{path} declares no labels: expected 'labels', such as {{'0': 'background', '1': 'liver'}}.")
     pairs = list(labels.items())
+    if "ignore" in labels:  # nnU-Net's, of voxels that no one has labelled
+        raise ValueError(f"{path}: the label 'ignore' is not supported: it would become a class like any other.")
     if not all(_is_whole(key) for key in labels):
         pairs = [(value, name) for name, value in pairs]
     if not all(_is_whole(value) for value, _ in pairs):
@@ -179,7 +183,7 @@ def dataset_classes(dataset_dir: str | os.PathLike) -> dict[int, str]:
 
 def _read_json(dataset_dir: str | os.PathLike) -> tuple[Path, dict]:
     """Return the path and the content of a folder's dataset.json."""
-    folder = Path(os.path.abspath(os.path.expanduser(dataset_dir)))
+    folder = Path(os.path.abspath(os.path.expanduser(str(dataset_dir))))  # 20230101 is a number on the command line
     if not folder.is_dir():
         raise FileNotFoundError(f"The data set folder {folder} does not exist; {_LAYOUT}.")
     path = folder / "dataset.json"
@@ -197,7 +201,10 @@ def _read_json(dataset_dir: str | os.PathLike) -> tuple[Path, dict]:
 def _load_items(dataset_dir: str | os.PathLike, key: str) -> list[dict]:
     """Return the entries under a key of dataset.json with absolute paths, sorted by file name."""
     path, content = _read_json(dataset_dir)
+    of_nnunet = key not in content and "file_ending" in content
     entries = content.get(key)
+    if of_nnunet:
+        entries = _nnunet_entries(path.parent, str(content["file_ending"]), dataset_channels(dataset_dir), key)
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path} lists no cases under {key!r}; {_LAYOUT}.")
     if key == "training":
@@ -206,7 +213,9 @@ def _load_items(dataset_dir: str | os.PathLike, key: str) -> list[dict]:
                 raise ValueError(
                     f"{path}: every entry under 'training' must have an 'image' and a 'label', got {entry}."
                 )
-    items = load_decathlon_datalist(path, is_segmentation=True, data_list_key=key, base_dir=path.parent)
+    items = entries
+    if not of_nnunet:
+        items = load_decathlon_datalist(path, is_segmentation=True, data_list_key=key, base_dir=path.parent)
     for item in items:
         if key == "test" and "label" not in item:
             label = path.parent / "labelsTs" / _label_name(item["image"])
@@ -231,6 +240,24 @@ def _load_items(dataset_dir: str | os.PathLike, key: str) -> list[dict]:
     if alike:  # results are told apart by the name
         raise ValueError(f"{path} lists two files called {alike} under {key!r}: give each case a name of its own.")
     return sorted(items, key=lambda item: [(os.path.basename(file), file) for file in ensure_tuple(item["image"])])
+
+
+def _nnunet_entries(folder: Path, ending: str, channels: int, key: str) -> list[dict]:
+    """The cases of a raw folder of nnU-Net v2: every name before the channel's number, or in training a label's."""
+    of = "Tr" if key == "training" else "Ts"
+    images, labels = folder / f"images{of}", folder / f"labels{of}"
+    numbered = re.compile(rf"([^.].*)_\d{{4}}{re.escape(ending)}")
+    files = images.iterdir() if images.is_dir() else ()
+    cases = {found[1] for file in files if (found := numbered.fullmatch(file.name))}
+    if not cases:
+        raise ValueError(f"{images} holds no image of nnU-Net's form, such as case_0000{ending}; {_LAYOUT}.")
+    entries = []
+    for case in sorted(cases):
+        paths = [str(images / f"{case}_{channel:04}{ending}") for channel in range(channels)]
+        label = labels / (case + ending)
+        entry = {"image": paths if channels > 1 else paths[0], "case": case}
+        entries.append(entry | ({"label": str(label)} if of == "Tr" or label.is_file() else {}))
+    return entries
 
 
 def _label_name(image: str | Sequence[str]) -> str:

@@ -60,7 +60,7 @@ def layout_cases(dataset_dir: str | os.PathLike, layout: str, labelled: bool = T
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be decathlon, {', '.join(LAYOUTS)}, got {layout!r}.")
     read, expected = LAYOUTS[layout]
-    folder = Path(os.path.abspath(os.path.expanduser(dataset_dir)))
+    folder = Path(os.path.abspath(os.path.expanduser(str(dataset_dir))))
     if not folder.is_dir():
         raise FileNotFoundError(f"The data set folder {folder} does not exist; {expected}")
     cases = sorted(read(folder), key=lambda item: item["case"])
@@ -134,14 +134,24 @@ LAYOUTS: dict[str, tuple[Callable[[Path], list[dict]], str]] = {
 def _find(folder: Path, pattern: str) -> Sequence[Path]:
     """Image files below a folder whose name without suffix matches."""
     found = []
-    for root, folders, files in os.walk(folder):
-        folders.sort()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        # A link to what lies in the folder anyway would make of a test case one to train on, or never end.
+        folders[:] = sorted(name for name in folders if not _leads_back(Path(root, name), folder))
         found += [
             Path(root, file)
             for file in sorted(files)
-            if file.endswith(_SUFFIXES) and re.fullmatch(pattern, _stem(Path(file)))
+            # A dot begins what macOS adds to archives of its own.
+            if file.endswith(_SUFFIXES) and not file.startswith(".") and re.fullmatch(pattern, _stem(Path(file)))
         ]
     return found
+
+
+def _leads_back(path: Path, folder: Path) -> bool:
+    """Whether a link's target lies in the folder, or around it."""
+    if not path.is_symlink():
+        return False
+    target, folder = path.resolve(), folder.resolve()
+    return target.is_relative_to(folder) or folder.is_relative_to(target)
 
 
 def _stem(file: Path) -> str:

@@ -76,7 +76,7 @@ def nnunet(
     folder = Path(output_dir).resolve()
     folds = {"num_folds": num_folds, "split_seed": split_seed}
     lengths = {"num_epochs": num_epochs, "iterations_per_epoch": iterations_per_epoch}
-    settings = {"dataset_dir": os.path.abspath(dataset_dir), **folds, **lengths}
+    settings = {"dataset_dir": os.path.abspath(str(dataset_dir)), **folds, **lengths}
     file = folder / "settings.json"
     if file.is_file() and json.loads(file.read_text()) != settings:  # it would go on from a state that is not its own
         raise ValueError(f"{file} is of a training with other settings: give another folder.")
@@ -85,7 +85,7 @@ def nnunet(
         os.environ[name] = str(folder / name)
     if device == "cpu":
         os.environ["nnUNet_compile"] = "false"
-    name = _prepare(Path(dataset_dir), folder, num_folds, split_seed)
+    name = _prepare(Path(str(dataset_dir)), folder, num_folds, split_seed)
     write_text(file, json.dumps(settings, indent=1) + "\n")
 
     trainer = training.get_trainer_from_args(name, _CONFIGURATION, fold, device=torch.device(device))
@@ -112,7 +112,7 @@ def nnunet(
 
 
 def _name(item: dict) -> str:
-    return case_name(ensure_tuple(item["image"])[0])  # as scripts.label_maps looks for it
+    return item.get("case") or case_name(ensure_tuple(item["image"])[0])  # as scripts.label_maps looks for it
 
 
 def _prepare(dataset_dir: Path, folder: Path, num_folds: int, split_seed: int) -> str:
@@ -121,7 +121,7 @@ def _prepare(dataset_dir: Path, folder: Path, num_folds: int, split_seed: int) -
 
     number, name = 1, f"Dataset001_{dataset_dir.resolve().name}"
     cases = {_name(item): item for item in load_datalist(dataset_dir, "all")}
-    content = json.loads((dataset_dir / "dataset.json").read_text())
+    content = json.loads((dataset_dir / "dataset.json").read_text(encoding="utf-8"))
     channels = content.get("modality", content.get("channel_names"))
     channels = channels if isinstance(channels, dict) else dict(enumerate(channels))
     if any(len(ensure_tuple(item["image"])) < dataset_channels(dataset_dir) for item in cases.values()):

@@ -37,6 +37,7 @@ from scripts.datafolder import channel_count, class_names, image_list
 from scripts.phantom import PHANTOM_CLASSES, make_phantom
 from tests.conftest import BUNDLE_ROOT, TINY
 from tests.lookalikes import make_tree, write_series
+from tests.test_datalist import save, write_dataset
 
 CONFIGS = BUNDLE_ROOT / "configs"
 NETWORKS = sorted(f"networks/{file.name}" for file in (CONFIGS / "networks").iterdir())
@@ -171,6 +172,20 @@ def test_files_and_dicom_series_as_input(tmp_path, trained, workflow):
             assert_missing_frames_are_empty=True,
         )
         np.testing.assert_array_equal(plane.T, labels[:, :, header.InstanceNumber - 1])
+
+
+def test_labels_are_brought_to_the_grid_of_their_images(tmp_path, workflow):
+    """Spacings that differ a little, by which the two would have 96 and 97 voxels."""
+    folder, rng = write_dataset(tmp_path / "set", num_cases=2), np.random.RandomState(0)
+    for file in (folder / "imagesTr").iterdir():
+        save(rng.normal(size=(100, 12, 12)).astype(np.float32), file, np.diag([0.961, 1, 1, 1]))
+        save(np.ones((100, 12, 12), np.uint8), folder / "labelsTr" / file.name, np.diag([0.965, 1, 1, 1]))
+    settings = {"patch_size": [8, 8, 8], "num_folds": 2, "device": "cpu", "cache_rate": 0.0}
+    flow = workflow(["train"], dataset_dir=str(folder), **settings)
+    case = flow.parser.get_parsed_content("train#dataset").data[0]
+    for transform in flow.parser.get_parsed_content("train#deterministic_transforms"):
+        case = transform(case)
+    assert case["image"].shape == case["label"].shape == (1, 96, 12, 12)
 
 
 def test_evaluation_is_on_the_original_grid(trained):

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from scripts.data_check import check_dataset
 from scripts.datalist import dataset_channels, dataset_classes, load_datalist
@@ -65,8 +64,10 @@ FAULTS = {
     "truncated label": ("label", truncate, "cannot be read as an image"),
     "text": ("image", lambda p: Path(p).write_text("not an image"), "cannot be read as an image"),
     "empty file": ("label", lambda p: Path(p).write_bytes(b""), "cannot be read as an image"),
-    "class too high": ("label", with_value(3, np.uint8), r"from 0 to 2 \(num_classes=3\), found 3$"),
+    "class too high": ("label", with_value(3, np.uint8), r"must be from 0 to 2 \(num_classes=3\), found 3$"),
     "negative class": ("label", with_value(-1, np.int16), "found -1$"),
+    "hardly a fraction": ("label", with_value(0.99999994, np.float32), "must be whole numbers, found 0.99999994"),
+    "slice": ("image", lambda p: save(np.ones(SHAPE[:2], np.float32), p), "is no volume, but has 2 axes"),
     "fraction": ("label", with_value(0.5, np.float32), "must be whole numbers, found 0.5"),
     "NaN label": ("label", with_value(np.nan, np.float32), "must be whole numbers, found nan"),
     "NaN image": ("image", nan_voxel, "holds NaN or infinite values"),
@@ -77,6 +78,11 @@ FAULTS = {
     ),
     "channels": ("image", lambda p: save(np.ones((*SHAPE, 2), np.float32), p), "has 2 channels instead of 1"),
     "one-hot label": ("label", lambda p: save(np.ones((*SHAPE, 3), np.uint8), p), "label has 3 channels instead of 1"),
+    "label shifted by less than a voxel": (
+        "label",
+        lambda p: save(np.ones(SHAPE, np.uint8), p, np.eye(4) + 0.8 * np.eye(4, k=3)),
+        "0.8 mm away from the image",
+    ),
     "shifted label": (
         "label",
         lambda p: save(np.ones(SHAPE, np.uint8), p, np.diag([1, 1, 1.5, 1])),
@@ -137,6 +143,16 @@ def test_an_empty_list_is_refused():
         check_dataset([], num_classes=3)
 
 
+def test_values_may_have_gaps(dataset):
+    items = load_datalist(dataset, "all")
+    with_value(4, np.uint8)(items[0]["label"])
+    found = check_dataset(items, num_classes=3, label_values=[0, 1, 2, 4], progress=False)
+    assert found.endswith("4 of 0, 1, 2, 4")
+    with_value(3, np.uint8)(items[0]["label"])
+    with pytest.raises(ValueError, match="must be 0, 1, 2, 4, found 3$"):
+        check_dataset(items, num_classes=3, label_values=[0, 1, 2, 4], progress=False)
+
+
 def test_float_labels_of_whole_numbers_are_fine(dataset):
     items = load_datalist(dataset, "all")
     with_value(2.0, np.float32)(items[0]["label"])
@@ -171,11 +187,11 @@ def test_optional_checks_can_be_left_out(dataset):
 
 def test_other_formats_are_read_too(tmp_path):
     rng = np.random.RandomState(0)
-    np.save(tmp_path / "image.npy", rng.normal(size=(9, 8)))
-    Image.fromarray(rng.randint(0, 3, (8, 9)).astype(np.uint8)).save(tmp_path / "label.png")
-    items = [{"image": str(tmp_path / "image.npy"), "label": str(tmp_path / "label.png")}]
+    np.save(tmp_path / "image.npy", rng.normal(size=SHAPE))
+    np.save(tmp_path / "label.npy", rng.randint(0, 3, SHAPE).astype(np.uint8))
+    items = [{"image": str(tmp_path / "image.npy"), "label": str(tmp_path / "label.npy")}]
     check_dataset(items, num_classes=3, num_channels=1, progress=False)
-    with pytest.raises(ValueError, match=r"label.png: label values must be from 0 to 1 .* found 2"):
+    with pytest.raises(ValueError, match=r"label.npy: label values must be from 0 to 1 .* found 2"):
         check_dataset(items, num_classes=2, progress=False)
 
 

@@ -21,6 +21,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from scripts.data_check import check_dataset
+from scripts.datafolder import image_list
 from scripts.datalist import dataset_channels, dataset_classes, load_datalist
 
 DATA = Path(os.environ.get("SEGRESMAMBA_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -209,6 +211,44 @@ def test_nnunet_form_of_channels_and_labels(dataset):
     )
     assert dataset_channels(dataset) == 2
     assert list(dataset_classes(dataset).items()) == [(0, "background"), (1, "a"), (2, "b")]
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_raw_folders_of_nnunet(tmp_path, channels):
+    folder = write_dataset(tmp_path / "set", num_cases=2, channels=channels, num_test=1)
+    listed = {subset: load_datalist(folder, subset) for subset in ("all", "test")}
+    if channels == 1:  # there the channel is named, too
+        for file in [*folder.glob("images*/*.nii.gz")]:
+            file.rename(file.with_name(file.name.replace(".nii.gz", "_0000.nii.gz")))
+    names_of_channels = {str(c): f"channel {c}" for c in range(channels)}
+    changes = {"channel_names": names_of_channels, "file_ending": ".nii.gz", "numTraining": 2}
+    rewrite_json(folder, modality=None, training=None, test=None, **changes)
+    for subset, items in listed.items():
+        for item in items:
+            item["case"] = Path(item["label"]).name.removesuffix(".nii.gz")
+            if channels == 1:
+                item["image"] = item["image"].replace(".nii.gz", "_0000.nii.gz")
+        assert load_datalist(folder, subset) == items
+    assert [item["case"] for item in load_datalist(folder, "test", test_cases=["case1"])] == ["case1"]
+    assert image_list(folder) == [{"image": item["image"]} for item in listed["test"]]
+    (folder / "imagesTr" / "._case9_0000.nii.gz").write_bytes(b"")  # macOS adds such
+    (folder / "imagesTr" / "case0_0000.nii.gz").unlink()
+    if channels == 2:  # the other channel tells of the case
+        assert load_datalist(folder, "all") == listed["all"]
+        with pytest.raises(ValueError, match="case0_0000.nii.gz: the image file does not exist"):
+            check_dataset(load_datalist(folder, "all"), 2, progress=False)
+    rewrite_json(folder, file_ending=".nrrd")
+    with pytest.raises(ValueError, match="imagesTr holds no image of nnU-Net's form, such as case_0000.nrrd"):
+        load_datalist(folder)
+    rewrite_json(folder, labels={"background": 0, "a": 1, "ignore": 2})
+    with pytest.raises(ValueError, match="'ignore' is not supported"):
+        dataset_classes(folder)
+
+
+def test_a_folder_may_be_called_by_a_number(tmp_path, monkeypatch):
+    write_dataset(tmp_path / "20230101")
+    monkeypatch.chdir(tmp_path)
+    assert len(load_datalist(20230101, "all")) == 6 and dataset_channels(20230101) == 1
 
 
 @pytest.mark.parametrize("labels", [{"2": "b", "1": "a"}, {"b": 2, "a": 1}])

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 
 import nibabel as nib
@@ -120,6 +121,20 @@ def test_incomplete_cases(trees, tmp_path):
         layout_cases(tmp_path, "bids")
 
 
+def test_files_that_macos_adds_are_no_cases_and_links_are_followed(trees, tmp_path):
+    for case in sorted(trees["brats21"].iterdir())[:2]:
+        (tmp_path / case.name).symlink_to(case, target_is_directory=True)
+    shutil.copytree(trees["brats21"] / "BraTS2021_00003", tmp_path / "BraTS2021_00003")
+    for file in sorted((tmp_path / "BraTS2021_00003").iterdir()):
+        file.with_name(f"._{file.name}").write_bytes(b"")
+    (tmp_path / "BraTS2021_00003" / "back").symlink_to(tmp_path, target_is_directory=True)
+    assert len(layout_cases(tmp_path, "brats21")) == 3
+    shutil.copytree(trees["acdc"], tmp_path / "acdc")
+    (tmp_path / "acdc" / "all").symlink_to(tmp_path / "acdc" / "testing", target_is_directory=True)
+    assert len(layout_cases(tmp_path / "acdc", "acdc", labelled=False)) == 2  # and none of them to train on
+    assert len(layout_cases(tmp_path / "acdc", "acdc")) == 6
+
+
 def test_images_to_segment(trees, tmp_path):
     assert [len(item["image"]) for item in image_list(trees["brats21"], "brats21")] == [4] * 5  # all have labels
     assert len(image_list(trees["acdc"], "acdc")) == 2  # testing
@@ -144,6 +159,7 @@ def test_every_task_trains_evaluates_and_segments(task, trees, tmp_path, workflo
     settings |= {"patch_size": [16, 16, 16], "dataset_dir": str(trees[task]), "ckpt_dir": str(tmp_path / "models")}
     training = {**settings, "max_epochs": 1, "num_folds": 2, "batch_size": 1, "output_dir": str(tmp_path / "train")}
     flow = workflow(["train", f"tasks/{task}.yaml"], **training)
+    pickle.dumps(flow.parser.get_parsed_content("train#preprocessing"))  # as processes that load data get it
     flow.run()
     assert np.isfinite(flow.trainer.state.metrics["train_mean_loss"])
 
