@@ -238,9 +238,10 @@ def test_what_is_said_of_the_screening():
     del difference["without_skip_without_tom"]  # lacks two things
     assert min(difference, key=lambda arm: difference[arm][0]) == "without_skip"  # worth most
     assert -difference["without_skip"][0] > max(value for value, _ in difference.values())
-    least = max(abs(difference[arm][0]) for arm in ("residual", "eight_orders", "ema"))
+    least = max(abs(difference[arm][0]) for arm in ("residual", "eight_orders", "ema", "deep_supervision"))
     hints = [difference[arm] for arm in ("batch_1", "learning_rate_3e-3", "wide", "tables_variant")]
-    assert f"changed Dice by at most {least:.4f}" in page_text()
+    assert f"changed Dice by at most {least:.4f}, a warm-up by {abs(difference['warm_up'][0]):.4f}" in page_text()
+    assert abs(difference["warm_up"][0]) < difference["warm_up"][1]
     gains = [f"{gain:.3f}" for gain, _ in sorted(hints)]
     assert f"gained {gains[0]} to {gains[-1]}, which seeds alone can make" in page_text()
     assert all(gain < chance for gain, chance in hints)
