@@ -135,10 +135,15 @@ def read_weights(checkpoint: str | os.PathLike, key: str) -> dict[str, torch.Ten
     weights = weights if isinstance(weights, dict) else {}
     if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise ValueError(f"{checkpoint} holds no weights that can be read: {expected}.")
-    spoilt = next((name for name, value in weights.items() if not torch.isfinite(value).all()), None)
+    spoilt = _not_finite(weights)
     if spoilt is not None:
         raise ValueError(f"{checkpoint} holds values in {spoilt} that are no numbers, or infinite.")
     return weights
+
+
+def _not_finite(weights: dict[str, torch.Tensor]) -> str | None:
+    """Name of the first tensor with a value that is NaN or infinite."""
+    return next((name for name, value in weights.items() if not torch.isfinite(value).all()), None)
 
 
 def shippable(checkpoint: str, output: str, half: bool = True) -> str:
@@ -161,9 +166,9 @@ def shippable(checkpoint: str, output: str, half: bool = True) -> str:
     weights = read_weights(checkpoint, "checkpoint")
     if half:
         weights = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
-    for name, value in weights.items():
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{checkpoint}: {name} holds values too large for half precision: give --half False.")
+        spoilt = _not_finite(weights)
+        if spoilt is not None:
+            raise ValueError(f"{checkpoint}: {spoilt} holds values too large for half precision: give --half False.")
     with whole_file(output) as part:
         torch.save(weights, part)
     print(f"{output}: {len(weights)} tensors, {os.path.getsize(output) / 1e6:.1f} MB")

@@ -188,6 +188,13 @@ def test_labels_are_brought_to_the_grid_of_their_images(tmp_path, workflow):
     assert case["image"].shape == case["label"].shape == (1, 96, 12, 12)
 
 
+def test_no_case_is_checked_twice(phantom_dir, workflow):
+    """Where a training takes all cases, those validated are among them."""
+    settings = {"dataset_dir": str(phantom_dir), "train_subset": "all", "device": "cpu", "cache_rate": 0.0}
+    flow = workflow(["train", "tasks/phantom.yaml"], **settings)
+    assert len(flow.parser.get_parsed_content("data_check#datalist")) == 6
+
+
 def test_evaluation_is_on_the_original_grid(trained):
     """The Dice that evaluation wrote is that of label maps which inference writes for the same cases."""
     rows = list(csv.DictReader(open(trained.folder / "evaluate" / "val_mean_dice_raw.csv", encoding="utf-8")))

@@ -52,6 +52,17 @@ def test_arms_have_their_own_folds_and_seeds(tmp_path):
     assert names[3:] == ["plain-fold0-seed1", "plain-fold2-seed1"]
 
 
+def test_one_may_stand_without_brackets(tmp_path):
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("{configs: one.yaml, folds: 1, arms: {a: {seeds: 2}, b: {configs: two.yaml}}}")
+    runs = {run.name: run.configs for run in planned_runs(str(plan))}
+    assert runs == {"a-fold1-seed2": ("one.yaml",), "b-fold1-seed0": ("one.yaml", "two.yaml")}
+    for content in ("{folds: '0, 1', arms: {a: }}", "{arms: {a: {folds: }}}"):
+        plan.write_text(content)
+        with pytest.raises(ValueError, match="plan.yaml: folds must be a whole number or a list of them"):
+            list(planned_runs(str(plan)))
+
+
 def test_runs_are_done_once_and_go_on_where_they_stopped(phantom_dir, tmp_path, monkeypatch, capfd):
     plan = tmp_path / "plan.yaml"
     overrides = {**PLAN["overrides"], "checkpoint": "$@ckpt_dir + '/last.pt'"}  # evaluation's alone

@@ -315,6 +315,12 @@ class TestEngine:
         if not torch.cuda.is_available():
             assert "CUDA" in available_engines("cuda")["triton"]
 
+    def test_other_makes_of_gpu_are_refused(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+        monkeypatch.setattr(torch.version, "hip", "6.4")
+        assert available_engines("cuda")["triton"] == "it is written for NVIDIA's GPUs"
+
     def test_where_triton_cannot_start_auto_takes_another_and_says_so(self, monkeypatch, caplog):
         from scripts.selective_scan import engines
 

@@ -41,6 +41,21 @@ def test_a_large_file_must_be_the_one_described(bundle):
     check_weights(folder / "models" / "own.pt", network, folder / "large_files.yml")
 
 
+@pytest.mark.parametrize("left_out", [("hash_val", "hash_type"), ("hash_type",)])
+def test_a_large_file_may_be_described_without_its_hash(bundle, left_out):
+    folder, network = bundle
+    (entry,) = yaml.safe_load((folder / "large_files.yml").read_text())["large_files"]
+    short = {key: value for key, value in entry.items() if key not in left_out}
+    (folder / "large_files.yml").write_text(yaml.safe_dump({"large_files": [short]}))
+    check_weights(folder / "models" / "big.pt", network, folder / "large_files.yml")
+    torch.save(torch.nn.Conv3d(1, 2, 3).state_dict(), folder / "models" / "big.pt")
+    if "hash_val" in left_out:
+        check_weights(folder / "models" / "big.pt", network, folder / "large_files.yml")
+    else:  # MONAI's default, sha256
+        with pytest.raises(ValueError, match="its hash differs"):
+            check_weights(folder / "models" / "big.pt", network, folder / "large_files.yml")
+
+
 def test_a_missing_large_file_says_where_it_is(bundle):
     folder, network = bundle
     (folder / "models" / "big.pt").unlink()
