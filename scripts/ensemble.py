@@ -51,13 +51,16 @@ class Ensemble(torch.nn.Module):
         return output / len(self.networks)
 
 
-def join_weights(checkpoints: Sequence[str | os.PathLike], path: str | os.PathLike) -> None:
+def join_weights(checkpoints: Sequence[str | os.PathLike], path: str | os.PathLike) -> str | os.PathLike:
     """
     Write the weights of an :py:class:`Ensemble` from those of its networks.
 
     Args:
         checkpoints: a file for each network.
         path: file to write, whole or not at all.
+
+    Returns:
+        ``path``, so that a config may load what it writes.
 
     Raises:
         FileNotFoundError: When a file does not exist.
@@ -70,3 +73,4 @@ def join_weights(checkpoints: Sequence[str | os.PathLike], path: str | os.PathLi
     }
     with whole_file(path) as unfinished:
         torch.save(joint, unfinished)
+    return path

@@ -17,7 +17,7 @@ import io
 import json
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -192,7 +192,7 @@ class Comparison:
             classes = [label for label in self.labels if label != "mean"]
             head = ["", *classes, "mean [95 % CI]", f"difference to {self.reference} [95 % CI]", "p (Holm)"]
             text += f"**{METRICS.get(metric, metric)}**, {len(self.cases)} cases, mean ± standard deviation\n\n"
-            text += f"| {' | '.join(head)} |\n|{' --- |' * len(head)}\n"
+            lines = []
             for row in mine:
                 cells = [row["name"], *(f"{row[label]['mean']:.3f} ± {row[label]['std']:.3f}" for label in classes)]
                 cells.append(_interval(row["mean"]))
@@ -200,9 +200,60 @@ class Comparison:
                     cells += ["", ""]
                 else:
                     cells += [_interval(row["difference"], "+"), _p(row["p_holm"])]
-                text += f"| {' | '.join(cells)} |\n"
-            text += "\n"
+                lines.append(cells)
+            text += _table(head, lines) + "\n"
         return text
+
+    def overview(self) -> str:
+        """
+        Returns:
+            one table of the first two metrics, means of the classes.
+        """
+        head = [""]
+        table = {name: [name] for name in self.names}
+        for metric in self.metrics[:2]:
+            head += [f"{METRICS.get(metric, metric)} [95 % CI]", "difference [95 % CI]", "p (Holm)"]
+            for row in (row for row in self.rows if row["metric"] == metric):
+                compared = [_interval(row["difference"], "+"), _p(row["p_holm"])] if "difference" in row else ["", ""]
+                table[row["name"]] += [_interval(row["mean"]), *compared]
+        return _table(head, table.values())
+
+    def differences(
+        self, over_folds: Mapping[str, tuple[float, float]], from_seeds: Mapping[str, tuple[float, float]]
+    ) -> Any:
+        """
+        Args:
+            over_folds: by name the mean of the folds' differences in Dice, and half its interval; may be empty.
+            from_seeds: by name the difference in Dice, and half the range that seeds alone give it; may be empty.
+
+        Returns:
+            a figure of the first two metrics: the mean differences to the reference and their intervals, in the order
+            of the first.
+        """
+        metrics = self.metrics[:2]
+        found = {metric: {r["name"]: r for r in self.rows if r["metric"] == metric} for metric in metrics}
+        others = [name for name in self.names if name != self.reference]
+        others.sort(key=lambda name: found[metrics[0]][name]["difference"]["mean"], reverse=True)
+        places = np.arange(len(others))
+        figure, axes = new_figure(1, len(metrics))
+        figure.set_figheight(1.6 + 0.3 * len(others))
+        for axis, metric in zip(axes[0], metrics):
+            shown = [found[metric][name]["difference"] for name in others]
+            mean, low, high = (np.array([row[key] for row in shown]) for key in ("mean", "ci95_low", "ci95_high"))
+            if metric == "val_mean_dice" and from_seeds:
+                chance = [from_seeds[name][1] if name in from_seeds else 0.0 for name in others]
+                axis.barh(places, 2 * np.array(chance), left=-np.array(chance), color="0.9", label="seeds alone")
+            if metric == "val_mean_dice" and over_folds:
+                middle, half = np.array([over_folds[name] for name in others]).T
+                axis.errorbar(middle, places + 0.2, xerr=half, fmt="none", ecolor="tab:orange", label="over folds")
+            axis.errorbar(mean, places, xerr=(mean - low, high - mean), fmt="o", markersize=4, label="over cases")
+            axis.axvline(0, color="0.5", linewidth=1)
+            axis.set_yticks(places, others if metric == metrics[0] else [""] * len(others))
+            axis.set_ylim(len(others) - 0.5, -0.5)
+            axis.grid(alpha=0.3, axis="x")
+            axis.set(xlabel=f"{METRICS.get(metric, metric)}: difference to {self.reference}")
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, title="95 % ranges")
+        return figure
 
     def box_plots(self) -> Any:
         """
@@ -227,9 +278,10 @@ def report(
     *results: str, output_dir: str, names: Sequence[str] = (), reference: str = "", arms: Sequence[str] = ()
 ) -> None:
     """
-    Compare evaluations: comparison.md and comparison.csv with a row for each, comparison.png with box plots, and, of
-    the runner's results, on the folds that all have, runs.md with what each seed of an arm reached, folds.md with each
-    fold where there are several, and learning_curves.png.
+    Compare evaluations: comparison.md and comparison.csv with a row for each, overview.md with the first two metrics in
+    one table, comparison.png with box plots, differences.png with the differences to the reference, and, of the
+    runner's results, on the folds that all have, runs.md with what each seed of an arm reached, folds.md with each fold
+    where there are several, and learning_curves.png where trainings were validated.
 
     Args:
         results: folders, see :py:func:`read_evaluations`.
@@ -261,19 +313,33 @@ def report(
     table = comparison.markdown()
     write_text(output / "comparison.md", table)
     write_text(output / "comparison.csv", _csv(comparison.rows))
+    write_text(output / "overview.md", comparison.overview())
     save_figure(comparison.box_plots(), output / "comparison.png")
     runs = {arm: [run for folder in results for run in _runs(folder) if run["arm"] == arm] for arm in found}
     shared = set.intersection(*({run["fold"] for run in mine} for mine in runs.values()))
     runs = {arm: [run for run in mine if run["fold"] in shared] for arm, mine in runs.items()}
+    over_folds, from_seeds = {}, {}
     if all(runs.values()):
-        write_text(output / "runs.md", _runs_table(runs, comparison.reference))
+        means = _of_seeds(runs)
+        from_seeds = _ranges_from_seeds(means, comparison.reference)
+        write_text(output / "runs.md", _runs_table(means, len(shared), from_seeds, comparison.reference))
         if len(shared) > 1:
-            write_text(output / "folds.md", _folds_table(runs, comparison.reference))
-        save_figure(_draw_curves(runs), output / "learning_curves.png")
+            by_fold = {arm: _means(mine, "fold") for arm, mine in runs.items()}
+            over_folds = _intervals_over_folds(by_fold, comparison.reference)
+            write_text(output / "folds.md", _folds_table(by_fold, over_folds, comparison.reference))
+        if any(run["curve"] for mine in runs.values() for run in mine):
+            save_figure(_draw_curves(runs), output / "learning_curves.png")
+    if len(found) > 1:
+        save_figure(comparison.differences(over_folds, from_seeds), output / "differences.png")
     print(table)
     if comparison.left_out:
         print(f"{comparison.left_out} cases that not all have were left out.")
     print(f"Written to {output}.")
+
+
+def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [f"| {' | '.join(cells)} |" for cells in (head, *lines)]
+    return "\n".join([rows[0], f"|{' --- |' * len(head)}", *rows[1:]]) + "\n"
 
 
 def _interval(found: Mapping[str, float], sign: str = "") -> str:
@@ -314,54 +380,78 @@ def _means(runs: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
     return {k: float(np.mean(values)) for k, values in sorted(found.items())}
 
 
-def _runs_table(runs: Mapping[str, Sequence[Mapping[str, Any]]], reference: str) -> str:
-    """
-    Of seeds that are done on all folds. Beside the difference to the reference, where an arm has several, the range
-    that seeds alone give it: by Student's t, from the standard deviation pooled over the arms.
-    """
+def _of_seeds(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[float]]:
+    """Mean Dice of each seed of an arm that is done on all folds."""
     folds = {run["fold"] for mine in runs.values() for run in mine}
     means = {}
     for arm, mine in runs.items():
         done = {seed for seed in {r["seed"] for r in mine} if {r["fold"] for r in mine if r["seed"] == seed} == folds}
         means[arm] = list(_means([run for run in mine if run["seed"] in done], "seed").values())
-    freedom = sum(max(0, len(values) - 1) for values in means.values()) if means[reference] else 0
+    return means
+
+
+def _ranges_from_seeds(means: Mapping[str, Sequence[float]], reference: str) -> dict[str, tuple[float, float]]:
+    """
+    The differences to the reference, and half the 95 % range that seeds alone give them: by Student's t, from the
+    standard deviation pooled over the arms. None where no arm has several seeds.
+    """
+    freedom = sum(max(0, len(values) - 1) for values in means.values())
+    if not freedom or not means[reference]:
+        return {}
+    squares = sum(float(np.sum((np.array(values) - np.mean(values)) ** 2)) for values in means.values() if values)
+    bound = float(student_t.ppf(0.975, freedom)) * (squares / freedom) ** 0.5
+    return {
+        arm: (
+            float(np.mean(values) - np.mean(means[reference])),
+            bound * (1 / len(values) + 1 / len(means[reference])) ** 0.5,
+        )
+        for arm, values in means.items()
+        if arm != reference and values
+    }
+
+
+def _runs_table(
+    means: Mapping[str, Sequence[float]], folds: int, from_seeds: Mapping[str, tuple[float, float]], reference: str
+) -> str:
     head = ["", "folds", "seeds", "mean Dice of each seed", "their standard deviation"]
+    head += [f"difference to {reference} ± 95 % range from seeds alone"] if from_seeds else []
     lines = []
-    if freedom:
-        squares = sum(float(np.sum((np.array(values) - np.mean(values)) ** 2)) for values in means.values() if values)
-        bound = float(student_t.ppf(0.975, freedom)) * (squares / freedom) ** 0.5
-        head.append(f"difference to {reference} ± 95 % range from seeds alone")
     for arm, values in means.items():
         spread = f"{np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-        cells = [arm, len(folds), len(values), ", ".join(f"{value:.4f}" for value in values), spread]
-        if freedom and (arm == reference or not values):
-            cells.append("")
-        elif freedom:
-            chance = bound * (1 / len(values) + 1 / len(means[reference])) ** 0.5
-            cells.append(f"{np.mean(values) - np.mean(means[reference]):+.4f} ± {chance:.4f}")
-        lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
-    return "\n".join([f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *lines]) + "\n"
+        cells = [arm, str(folds), str(len(values)), ", ".join(f"{value:.4f}" for value in values), spread]
+        if from_seeds:
+            cells.append("{:+.4f} ± {:.4f}".format(*from_seeds[arm]) if arm in from_seeds else "")
+        lines.append(cells)
+    return _table(head, lines)
 
 
-def _folds_table(runs: Mapping[str, Sequence[Mapping[str, Any]]], reference: str) -> str:
+def _intervals_over_folds(means: Mapping[str, Mapping[int, float]], reference: str) -> dict[str, tuple[float, float]]:
     """
-    The mean of the folds' differences to the reference, with its 95 % interval over the folds: by Student's t, with
+    The mean of the folds' differences to the reference, and half its 95 % interval over the folds: by Student's t, with
     the variance corrected for training sets that overlap (Nadeau and Bengio, Machine Learning 52, 2003).
     """
-    means = {arm: _means(mine, "fold") for arm, mine in runs.items()}
     folds = list(means[reference])
-    head = ["mean Dice", *(f"fold {fold}" for fold in folds), f"difference to {reference} [95 % CI over folds]"]
-    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    found = {}
     for arm, values in means.items():
-        cells = [arm, *(f"{values[fold]:.4f}" for fold in folds), ""]
         if arm != reference:
             differences = [values[fold] - means[reference][fold] for fold in folds]
             # Of a cross-validation that is not complete the correction is too large rather than too small.
-            error = np.std(differences, ddof=1) * (1 / len(folds) + 1 / (len(folds) - 1)) ** 0.5
-            mean, half = np.mean(differences), student_t.ppf(0.975, len(folds) - 1) * error
-            cells[-1] = f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]"
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            error = float(np.std(differences, ddof=1)) * (1 / len(folds) + 1 / (len(folds) - 1)) ** 0.5
+            found[arm] = float(np.mean(differences)), float(student_t.ppf(0.975, len(folds) - 1)) * error
+    return found
+
+
+def _folds_table(
+    means: Mapping[str, Mapping[int, float]], over_folds: Mapping[str, tuple[float, float]], reference: str
+) -> str:
+    folds = list(means[reference])
+    head = ["mean Dice", *(f"fold {fold}" for fold in folds), f"difference to {reference} [95 % CI over folds]"]
+    lines = []
+    for arm, values in means.items():
+        mean, half = over_folds.get(arm, (0.0, 0.0))
+        interval = f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]" if arm != reference else ""
+        lines.append([arm, *(f"{values[fold]:.4f}" for fold in folds), interval])
+    return _table(head, lines)
 
 
 def _draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:

@@ -25,9 +25,9 @@ def test_an_ensemble_is_the_mean(tmp_path):
     networks = [torch.nn.Conv3d(1, 2, 3) for _ in range(3)]
     for k, network in enumerate(networks):
         torch.save(network.state_dict() if k else {"model": network.state_dict()}, tmp_path / f"{k}.pt")
-    join_weights([tmp_path / f"{k}.pt" for k in range(3)], tmp_path / "ensemble.pt")
+    path = join_weights([tmp_path / f"{k}.pt" for k in range(3)], tmp_path / "ensemble.pt")
     ensemble = Ensemble(torch.nn.Conv3d(1, 2, 3), 3)
-    ensemble.load_state_dict(torch.load(tmp_path / "ensemble.pt", weights_only=True))
+    ensemble.load_state_dict(torch.load(path, weights_only=True))
     volume = torch.rand(1, 1, 8, 8, 8)
     assert torch.allclose(ensemble(volume), sum(network(volume) for network in networks) / 3, atol=1e-6)
     with pytest.raises(FileNotFoundError, match="no weights at"):

@@ -91,9 +91,14 @@ def test_the_files(evaluations):
     rows = list(csv.DictReader(open(folder / "out" / "comparison.csv")))
     assert [row["name"] for row in rows] == ["ours, wide", "theirs", "c"] * 2
     assert float(rows[0]["liver_mean"]) > float(rows[1]["liver_mean"])
-    assert min(imread(folder / "out" / "comparison.png").shape[:2]) > 400
+    for picture in ("comparison", "differences"):
+        assert min(imread(folder / "out" / f"{picture}.png").shape[:2]) > 300
+    cells = [line.strip("| ").split(" | ") for line in (folder / "out" / "overview.md").read_text().splitlines()]
+    assert [line[0] for line in cells[2:]] == ["ours, wide", "theirs", "c"] and len(cells[2]) == len(cells[0]) + 1 == 7
+    assert all(f"| {' | '.join(cells[2][part])} |" in text for part in (slice(1, 4), slice(4, 7)))
     report(folders[0], output_dir=str(folder / "one"), names=2024)  # as fire reads it
     assert "| 2024 |" in (folder / "one" / "comparison.md").read_text()
+    assert not (folder / "one" / "differences.png").exists()  # to nothing
 
 
 def result(folder, arm, fold, seed, cases, dice):
@@ -130,6 +135,34 @@ def test_results_of_the_runner(tmp_path):
     assert "| base | 1 | 2 | 0.8000, 0.9000 | 0.0707 | +0.1500 ± 1.1004 |" in runs  # 12.706, t's quantile, 0.0707, √1.5
     assert "| other | 1 | 1 | 0.7000 |  |  |" in runs and not (tmp_path / "out" / "folds.md").exists()
     assert (tmp_path / "out" / "learning_curves.png").stat().st_size > 5000
+
+
+def test_arms_without_a_curve(tmp_path):
+    """Such as those that evaluate the weights of others."""
+    for arm in ("base", "other"):
+        result(tmp_path, arm, 0, 0, CASES, [0.8] * len(CASES))
+        file = tmp_path / f"{arm}-fold0-seed0.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "curve": []}))
+    report(str(tmp_path), output_dir=str(tmp_path / "out"))
+    assert (tmp_path / "out" / "runs.md").is_file() and not (tmp_path / "out" / "learning_curves.png").exists()
+
+
+def test_the_ranges_in_the_picture_of_differences(tmp_path):
+    """Those over the cases, over the folds and of seeds alone, where they are known, best first."""
+    for arm, shift in (("base", 0.0), ("worse", -0.02), ("better", 0.03)):
+        for fold in range(3):
+            for seed in (0, 1) if arm == "base" else (0,):
+                cases = [f"{fold}_{k}" for k in range(10)]
+                dice = 0.7 + 0.01 * np.arange(10) + shift * (1 + 0.1 * fold) + 0.001 * seed
+                result(tmp_path, arm, fold, seed, cases, list(dice))
+    comparison = Comparison(read_evaluations(tmp_path), "base")
+    folds, seeds = {"worse": (-0.02, 0.01), "better": (0.03, 0.01)}, {"worse": (-0.02, 0.005)}
+    (axis,) = comparison.differences(folds, seeds).axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["better", "worse"]
+    assert axis.get_legend_handles_labels()[1] == ["seeds alone", "over folds", "over cases"]
+    assert [patch.get_width() for patch in axis.patches] == [0, pytest.approx(0.01)]
+    (axis,) = comparison.differences({}, {}).axes
+    assert axis.get_legend_handles_labels()[1] == ["over cases"] and not axis.patches
 
 
 def test_folds(tmp_path):
