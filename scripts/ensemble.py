@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 
 import torch
+from monai.utils import ensure_tuple
 
 from scripts.output import whole_file
 from scripts.weights import read_weights
@@ -51,16 +52,16 @@ class Ensemble(torch.nn.Module):
         return output / len(self.networks)
 
 
-def join_weights(checkpoints: Sequence[str | os.PathLike], path: str | os.PathLike) -> str | os.PathLike:
+def join_weights(checkpoints: Sequence[str | os.PathLike], output: str | os.PathLike) -> str | os.PathLike:
     """
-    Write the weights of an :py:class:`Ensemble` from those of its networks.
+    Write the weights of an :py:class:`Ensemble` from those of its networks, for configs/options/ensemble.yaml.
 
     Args:
-        checkpoints: a file for each network.
-        path: file to write, whole or not at all.
+        checkpoints: a file for each network; they have the same settings.
+        output: file to write, whole or not at all.
 
     Returns:
-        ``path``, so that a config may load what it writes.
+        ``output``, so that a config may load what it writes.
 
     Raises:
         FileNotFoundError: When a file does not exist.
@@ -68,9 +69,15 @@ def join_weights(checkpoints: Sequence[str | os.PathLike], path: str | os.PathLi
     """
     joint = {
         f"networks.{k}.{name}": value
-        for k, checkpoint in enumerate(checkpoints)
+        for k, checkpoint in enumerate(ensure_tuple(checkpoints))
         for name, value in read_weights(checkpoint, "the file").items()
     }
-    with whole_file(path) as unfinished:
+    with whole_file(output) as unfinished:
         torch.save(joint, unfinished)
-    return path
+    return output
+
+
+if __name__ == "__main__":
+    from scripts.clear_errors import command
+
+    command(join_weights)

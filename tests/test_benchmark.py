@@ -163,6 +163,13 @@ def test_thop_itself_counts_dynunet_several_times():
     assert total / once == pytest.approx(4, rel=0.01)
 
 
+def test_a_network_lies_in_memory_as_it_would_in_a_training():
+    for overrides, channels_last in ((None, False), ({"channels_last": True}, True)):
+        network = build_network("segresnet", 1, 3, (32, 32, 32), overrides=overrides)
+        weight = next(p for p in network.parameters() if p.ndim == 5 and min(p.shape) > 1)
+        assert weight.is_contiguous(memory_format=torch.channels_last_3d) is channels_last
+
+
 @pytest.mark.parametrize("network", network_names())
 @pytest.mark.parametrize("task", ["phantom", "hippocampus"])
 def test_every_network_takes_the_patch_of_every_task(network, task):

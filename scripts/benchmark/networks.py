@@ -57,7 +57,7 @@ def build_network(
         out_channels: channels of the output.
         spatial_size: patch size (D, H, W).
         device: where it is made; ``"meta"`` for shapes alone.
-        overrides: further keys of the configs.
+        overrides: further keys of the configs, such as ``channels_last``.
 
     Raises:
         ValueError: when there is no such overlay.
@@ -70,9 +70,10 @@ def build_network(
     parser.update({"patch_size": list(spatial_size), **(overrides or {})})
     try:
         with torch.device(device):
-            return parser.get_parsed_content("network_def")
+            network = parser.get_parsed_content("network_def")
     except RuntimeError:  # SwinUNETR reads values of tensors while it is made, which have none on "meta"
         if torch.device(device).type != "meta":
             raise
-    parser.parse(reset=True)
-    return parser.get_parsed_content("network_def").to(device)
+        parser.parse(reset=True)
+        network = parser.get_parsed_content("network_def").to(device)
+    return network.to(memory_format=parser.get_parsed_content("memory_format"))
