@@ -44,10 +44,10 @@ REPORTS = {  # results, reference, arms
     "confirmation_report": (
         ["confirmation"],
         "segresmamba",
-        ("segresmamba", "segresnet", "dynunet", "without_tom", "segresmamba_equal_time"),
+        ("segresmamba", "segresmamba_equal_time", "without_tom", "segresnet", "dynunet"),
     ),
     "nnunet_report": (["nnunet"], "", ()),
-    "equal_time_report": (["confirmation"], "without_tom", ("without_tom", "segresmamba_equal_time")),
+    "tom_report": (["confirmation"], "without_tom", ("without_tom", "segresmamba_equal_time")),
     "longer_report": (
         ["confirmation", "longer", "augmented"],
         "segresmamba",
@@ -129,7 +129,7 @@ def test_the_scores_in_the_text_are_those_of_the_metadata():
     cases = [case for file in confirmed for case in json.loads(file.read_text())["cases"].values()]
     assert len(cases) == scores["cases"]
     means = [statistics.mean(case[metric]["mean"] for case in cases) for metric in ("val_mean_dice", "val_hd95")]
-    assert f"SegResNet, trained alike, reaches {means[0]:.3f} and {means[1]:.2f} mm" in card
+    assert f"SegResNet, with the better of two learning rates, reaches {means[0]:.3f} and {means[1]:.2f} mm" in card
 
 
 def test_the_sizes_in_the_text(monkeypatch):
@@ -178,6 +178,16 @@ def page_text():
     return " ".join((BUNDLE_ROOT / "docs" / "evidence.md").read_text().split())
 
 
+def in_words(difference):
+    return f"{difference[1:]} {'higher' if difference[0] == '+' else 'lower'}"
+
+
+def millimetres(interval):
+    """An interval of a report in mm, to three decimals."""
+    mean, low, high = map(float, re.findall(r"[\d.]+", interval))
+    return f"{mean:.3f} mm [{low:.3f}, {high:.3f}]"
+
+
 def row(name, arm, file="comparison.md", table=0):
     """The cells behind an arm's name in a table of a report."""
     rows = re.findall(rf"^\| {arm} \|(.*)\|$", (EVIDENCE / name / file).read_text(), re.MULTILINE)
@@ -204,6 +214,13 @@ def test_the_two_sides_of_a_person():
     together = np.corrcoef([dice[first] for first, _ in pairs], [dice[second] for _, second in pairs])[0, 1]
     narrow = (1 + 2 * len(pairs) / len(fold) * together) ** 0.5
     assert f"correlates by {together:.2f} in the {len(pairs)} pairs" in text and f"are {narrow:.2f} times too" in text
+    alike = []
+    for arm in ("segresnet", "dynunet", "without_tom", "segresmamba_equal_time"):
+        cases = {name: values for k in range(5) for name, values in read("confirmation", arm, k)["cases"].items()}
+        found = {int(re.search(r"\d+", name)[0]): values["val_mean_dice"]["mean"] for name, values in cases.items()}
+        more = [[found[number] - dice[number] for number in pair] for pair in pairs]
+        alike.append(np.corrcoef(np.transpose(more))[0, 1])
+    assert f"networks correlate by {min(alike):.2f} to {max(alike):+.2f} only" in text
 
 
 @needs_hippocampus
@@ -227,23 +244,33 @@ def test_what_is_said_of_the_screening():
     dice = {file.stem.split("-fold")[0]: reached(json.loads(file.read_text())) for file in files}
     first, second = sorted(dice, key=dice.__getitem__)[:-3:-1]
     assert (first, second) == ("dynunet", "wide_batch_1_learning_rate_3e-3_skip_of_32")
-    best = float(row("monai_networks_report", "dynunet")[3][:7])
-    dynunet, segresnet = (float(row("monai_networks_report", arm)[2][:6]) for arm in ("dynunet", "segresnet"))
+    others = ("segresnet", "swin_unetr", "unet", "dynunet")
+    as_many = [value for arm, value in dice.items() if "batch_1" not in arm and not arm.startswith(others)]
+    lead = dice["dynunet"] - max(as_many)
+    assert f"by at least {lead:.3f} of every SegResMamba of as many" in page_text() and lead >= 0.005
+    curves = {}
+    for arm in ("segresmamba", "dynunet"):
+        runs = [{line["epoch"]: line for line in read("confirmation", arm, k)["curve"]} for k in range(5)]
+        curves[arm] = [statistics.mean(float(run[e]["val_mean_dice"]) for run in runs) for e in ("10", "20", "30")]
+    assert "it is ahead at epochs 10, 20 and 30" in page_text()
+    assert all(more > less for more, less in zip(curves["dynunet"], curves["segresmamba"]))
+    path, stem = (dice[f"{arm}learning_rate_3e-3"] for arm in ("", "stem_stride_1_"))
     assert (
-        f"it was {best:.4f} ahead of the best SegResMamba, which took twice as many steps, "
-        f"and {dynunet - segresnet:.4f} ahead of SegResNet" in page_text()
+        f"The path at full resolution reaches {path:.4f}, a stem of stride 1 in its place {stem:.4f} at the same "
+        "learning rate" in page_text()
     )
     found = {arm: row("screening_report", arm, "runs.md")[-1] for arm in dice if arm != "base"}
     difference = {arm: [float(part) for part in cell.split(" ± ")] for arm, cell in found.items()}
     del difference["without_skip_without_tom"]  # lacks two things
     assert min(difference, key=lambda arm: difference[arm][0]) == "without_skip"  # worth most
     assert -difference["without_skip"][0] > max(value for value, _ in difference.values())
+    assert f"Dice is {-difference['without_skip'][0]:.3f} lower in the screening" in page_text()
     least = max(abs(difference[arm][0]) for arm in ("residual", "eight_orders", "ema", "deep_supervision"))
     hints = [difference[arm] for arm in ("batch_1", "learning_rate_3e-3", "wide", "tables_variant")]
     assert f"changed Dice by at most {least:.4f}, a warm-up by {abs(difference['warm_up'][0]):.4f}" in page_text()
     assert abs(difference["warm_up"][0]) < difference["warm_up"][1]
     gains = [f"{gain:.3f}" for gain, _ in sorted(hints)]
-    assert f"gained {gains[0]} to {gains[-1]}, which seeds alone can make" in page_text()
+    assert f"gained {gains[0]} to {gains[-1]}. Seeds alone can make all of these" in page_text()
     assert all(gain < chance for gain, chance in hints)
 
 
@@ -269,26 +296,36 @@ def test_weights_in_half_precision():
     assert len(changes) == 208 and abs(statistics.mean(changes)) < 0.0001
     card = " ".join((BUNDLE_ROOT / "docs" / "README.md").read_text().split())
     most = max(map(abs, changes))
-    assert f"differs by less than 0.0001, and no case changes by more than {most:.4f}." in page_text()
-    assert f"changed no case's Dice by more than {most:.4f};" in card
+    assert f"differs by less than 0.0001, and no case changes by more than {most:.4f}, no class" in page_text()
+    by_class = 0.0
+    for k in range(5):
+        whole, half = (read("confirmation", f"segresmamba_equal_time{end}", k)["cases"] for end in ("", "_half"))
+        for name, values in whole.items():
+            other = half[name]["val_mean_dice"]
+            by_class = max(by_class, *(abs(value - other[label]) for label, value in values["val_mean_dice"].items()))
+    assert f"no class of a case by more than {by_class:.4f}." in page_text()
+    assert f"changed no case's Dice by more than {most:.4f}, no class's by more than {by_class:.4f}." in card
 
 
-def test_tom():
-    """At as many steps and at equal time: over the folds; the network with ToM is the reference in one report alone."""
+def test_tom(tmp_path):
+    """At as many steps and in nearly equal time, over the folds."""
     text = page_text()
-    difference = re.findall(r"[+-]0\.\d{4}", row("confirmation_report", "without_tom", "folds.md")[-1])
-    mean, low, high = (-float(value) for value in difference)
-    assert f"({mean:.4f} more Dice with it; over the folds {high:+.4f} to {low:+.4f})" in text
-    equal = re.findall(r"[+-]0\.\d{4}", row("equal_time_report", "segresmamba_equal_time", "folds.md")[-1])
-    mean, low, high = map(float, equal)
-    assert mean < 0 and f"({-mean:.4f} less; over the folds {low:+.4f} to {high:+.4f})" in text
-    assert f"gains of more than {max(abs(float(value)) for value in difference + equal):.3f} are unlikely" in text
-    for name, arm in (("confirmation_report", "without_tom"), ("equal_time_report", "segresmamba_equal_time")):
+    steps = [
+        f"{-float(value):+.4f}"
+        for value in re.findall(r"[+-]0\.\d{4}", row("confirmation_report", "without_tom", "folds.md")[-1])
+    ]
+    time = re.findall(r"[+-]0\.\d{4}", row("tom_report", "segresmamba_equal_time", "folds.md")[-1])
+    assert f"at as many steps Dice is {in_words(steps[0])} with it (95 % over the folds {steps[2]} to {steps[1]})" in text
+    assert f"of equal time {in_words(time[0])} ({time[1]} to {time[2]})" in text
+    assert float(steps[2]) < 0 < float(steps[1]) and float(time[1]) < 0 < float(time[2])
+    assert f"Gains of more than {max(float(steps[1]), float(time[2])):.3f} are unlikely" in text
+    for name, arm in (("confirmation_report", "without_tom"), ("tom_report", "segresmamba_equal_time")):
         assert min(float(row(name, arm, table=table)[-1]) for table in range(4)) > 0.05
-    shorter = row("confirmation_report", "segresmamba_equal_time")
-    assert f"Dice is {shorter[3][1:7]} lower on five folds, with p = {float(shorter[-1]):.3f} over the cases" in text
-    low, high = re.findall(r"[+-]0\.\d{4}", row("confirmation_report", "segresmamba_equal_time", "folds.md")[-1])[1:]
-    assert float(low) < 0 < float(high)
+    segresnet = tmp_path / "segresnet"
+    arms = ("segresnet", "segresmamba_equal_time")
+    report(str(EVIDENCE / "confirmation"), output_dir=str(segresnet), reference="segresnet", arms=arms)
+    less = re.findall(r"[+-]0\.\d{4}", (segresnet / "folds.md").read_text().splitlines()[-1])
+    assert f"their Dice is {in_words(less[0])} (95 % over the folds {less[1]} to {less[2]})" in text
     means = [
         statistics.mean(
             case["val_mean_dice"]["mean"]
@@ -304,28 +341,47 @@ def test_tom_without_the_path_at_full_resolution():
     without, with_tom = ([reached(read("screening", arm, 0, seed)) for seed in range(3)] for arm in _WITHOUT_SKIP)
     means = [statistics.mean(values) for values in (with_tom, without)]
     text = page_text()
-    assert f"three seeds of twelve epochs on fold 0 reach {means[0]:.4f} with ToM and {means[1]:.4f} without" in text
-    assert min(with_tom) > max(without)  # do not overlap
-    ranges = [row(name, "without_skip", "runs.md")[-1] for name in ("without_skip_report", "screening_report")]
-    (difference, own), (_, pooled) = (cell.strip("+").split(" ± ") for cell in ranges)
-    assert float(pooled) < float(difference) < float(own)
-    assert f"The difference, {difference}, is more than the ± {pooled} that seeds alone" in text
-    assert f"less than the ± {own} by the spread of these two arms' own" in text
+    p = ttest_ind(with_tom, without).pvalue
+    assert (
+        f"{means[0]:.4f} with it, {means[1]:.4f} without (three seeds of twelve epochs on fold 0; t-test over the seeds, "
+        f"p = {p:.2f})" in text
+    )
+
+
+def test_what_was_not_run_is_named():
+    """Of the arms in the plans."""
+    text = page_text().partition("## Not measured")[2].partition("## How it is measured")[0]
+    runs = [(plan, run) for plan in ("screening", "confirmation") for run in planned_runs(str(EVIDENCE / f"{plan}.yaml"))]
+    missing = {run.arm for plan, run in runs if EVIDENCE / plan / f"{run.name}.json" not in RESULTS}
+    assert set(re.findall("`(.*?)`", text)) == missing
 
 
 def test_what_is_said_in_short():
     text = page_text()
     scores = json.loads((BUNDLE_ROOT / "configs" / "metadata.json").read_text())["eval_metrics"]
     dice, hd95 = row("confirmation_report", "segresmamba"), row("confirmation_report", "segresmamba", table=1)
-    assert f"mean Dice {dice[2]}, HD95 {float(hd95[2][:6]):.3f} mm: five folds, {scores['cases']} held-out" in text
+    assert f"mean Dice {dice[2]}, HD95 {millimetres(hd95[2])}: five folds, {scores['cases']} held-out" in text
     assert scores["mean_dice"] == float(dice[2][:6]) and f"missed by {0.89 - scores['mean_dice']:.3f}" in text
     assert scores["mean_hd95_mm"] < 1.5  # met
     folds = sorted(row("confirmation_report", "segresmamba", "folds.md")[:5])
-    assert f"a Dice of {folds[0]} to {folds[-1]}" in text
+    assert f"by fold {folds[0]} to {folds[-1]}" in text
+    by_fold = [reached(read("confirmation", "segresmamba", k), "val_hd95") for k in range(5)]
+    assert f"not on every fold ({min(by_fold):.2f} to {max(by_fold):.2f})" in text
+    excluded = [row("confirmation_report", arm, "folds.md")[-1] for arm in ("segresnet", "dynunet")]
+    bounds = [re.findall(r"\+0\.\d{4}", cell)[-1][1:] for cell in excluded]
+    assert f"worse than SegResNet by more than {bounds[0]} and than DynUNet by more than {bounds[1]}" in text
     readme = " ".join((BUNDLE_ROOT / "README.md").read_text().split())
-    others = [row("confirmation_report", arm)[2][:6] for arm in ("without_tom", "segresnet", "dynunet")]
-    assert f"mean Dice {dice[2][:6]} with them, {others[0]} without" in readme
-    assert f"MONAI's SegResNet reaches {others[1]} over the same five folds, its DynUNet {others[2]}" in readme
+    arms = ("segresmamba", "without_tom", "segresmamba_equal_time", "segresnet", "dynunet")
+    others = [row("confirmation_report", arm)[2][:6] for arm in arms]
+    assert f"mean Dice {others[0]} with them and {others[1]} without" in readme
+    assert f"at as many steps, and {others[2]} with them in 0.89 of equal time" in readme
+    costs = json.loads((EVIDENCE / "efficiency-hippocampus-float32.json").read_text())["rows"]
+    step = {cost["network"]: cost["training"]["median"] for cost in costs if cost["setup"] == "Hippocampus, wide"}
+    ours = step["segresmamba_text"]
+    assert (
+        f"MONAI's SegResNet reaches {others[3]} over the same five folds in {step['segresnet'] / ours:.2f} of the time "
+        f"of a step, its DynUNet {others[4]} in {step['dynunet'] / ours:.1f} times the time" in readme
+    )
     without = row("confirmation_report", "without_tom"), row("confirmation_report", "without_tom", table=1)
     card = " ".join((BUNDLE_ROOT / "docs" / "README.md").read_text().split())
     assert f"reaches {float(without[0][2][:6]):.3f} and {float(without[1][2][:6]):.2f} mm" in card
@@ -338,6 +394,8 @@ def test_what_nnunet_reached():
     assert f"patches of {' × '.join(map(str, result['patch_size']))} voxels, batches of {result['batch_size']}" in text
     assert f"a network of {result['parameters'] / 1e6:.1f} million parameters, and was given {steps}" in text
     assert f"reaches after {result['num_epochs'] * result['iterations_per_epoch']} steps, not what it can" in text
+    dice, hd95 = row("nnunet_report", "nnunet"), row("nnunet_report", "nnunet", table=1)
+    assert f"Its Dice is {dice[2]}, its HD95 {millimetres(hd95[2])}." in text
     other = read("confirmation", "segresmamba")
     assert f"SegResMamba's {reached(other):.4f} on this fold" in text
     assert other["cases"].keys() == result["cases"].keys()
@@ -357,11 +415,12 @@ def test_the_end_of_the_learning_curves():
 
 def test_the_costs_in_the_text_are_those_measured():
     text = (BUNDLE_ROOT / "docs" / "evidence.md").read_text()
-    ratios = {}
+    ratios, ours = {}, {}
     for file in ("efficiency-hippocampus", "efficiency-hippocampus-float32"):
         rows = json.loads((EVIDENCE / f"{file}.json").read_text())["rows"]
         for setup in {row["setup"]: None for row in rows}:
             seconds = {row["network"]: row["training"]["median"] for row in rows if row["setup"] == setup}
+            ours[setup] = seconds["segresmamba_text"]
             names = [name for name in seconds if name != "segresmamba_text"]
             ratios[file, setup] = [seconds[name] / seconds["segresmamba_text"] for name in names]
             assert names == ["segresmamba_without_tom", "segresnet", "dynunet", "unet", "swin_unetr"][: len(names)]
@@ -371,11 +430,19 @@ def test_the_costs_in_the_text_are_those_measured():
     text = page_text()
     for k in range(2):  # without ToM, and SegResNet
         assert f"a step takes {wide_float32[k]:.2f} of the time in float32, {wide[k]:.2f} in bf16" in text
-    assert f"The 28 epochs are {wide[0]:.2f} of 40" in text and f"that ratio is {wide_float32[0]:.2f}" in text
-    assert text.count(f"{28 / 40 / wide_float32[0]:.2f} of equal time") == 2
+    assert f"With ToM a step takes 1 / {wide_float32[0]:.2f} of the time" in text
+    assert text.count(f"{28 / 40 / wide_float32[0]:.2f} of equal time") == 2  # in short, and where it is measured
+    papers = ratios["efficiency-hippocampus", "Hippocampus, without the full-resolution skip"]
+    assert f"Without it a step takes {papers[0]:.2f} of the time there" in text
+    assert f"Its step takes {wide_float32[2]:.2f} times as long" in text
+    assert text.count(f"{ours['Hippocampus, stem of stride 1'] / ours['Hippocampus']:.1f} times the time") == 2
+    assert f"the 28 epochs take {28 / 40 / wide_float32[1]:.2f} of equal time" in text
     card = " ".join((BUNDLE_ROOT / "docs" / "README.md").read_text().split())
     assert f"with {wide_float32[0]:.2f} of the time of a training step in float32" in card
-    assert f"its step takes {wide_float32[2]:.2f} times as long" in text
+    assert f"in {wide_float32[1]:.2f} of the time of a training step in float32" in card
+    for step, name in (("inference", "inference"), ("training", "training step")):
+        cost = rows[0][step]
+        assert f"| {name} | {cost['median']:.2f} s | {cost['peak_mib']:,} MiB |" in card
 
 
 def test_what_the_text_says_of_longer_trainings():
