@@ -24,7 +24,7 @@ from monai.utils import ensure_tuple
 from scripts.datalist import load_datalist
 from scripts.ensemble import join_weights
 from scripts.evaluation import statistics, summary_table
-from scripts.experiments import Run, evaluate, run_all
+from scripts.experiments import OWN_KEYS, Run, check_configs, evaluate, run_all
 from scripts.output import write_text
 from scripts.report import read_evaluations
 
@@ -61,9 +61,13 @@ def cross_validation(
         ChildProcessError: When a training or an evaluation fails; the last lines of its log are in the message.
         ValueError: When the data set is malformed, or the folder holds a cross-validation with other settings.
     """
-    if "checkpoint" in overrides:
-        raise ValueError("checkpoint cannot be set here: each fold is evaluated with its own models/model.pt.")
+    own = sorted(set(overrides).intersection((*OWN_KEYS, "checkpoint")))
+    if own:
+        raise ValueError(
+            f"{own[0]} cannot be set here: each fold has its own, and is measured with its models/model.pt."
+        )
     configs = ensure_tuple(config_file)
+    check_configs(configs)
     if num_folds is None:
         parser = ConfigParser(ConfigParser.load_config_files(["configs/train.json", *configs]))
         parser.update(overrides)

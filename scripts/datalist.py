@@ -19,6 +19,7 @@ dataset.json lists no cases, but tells the files' ending, and the number of the 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -33,7 +34,7 @@ from monai.utils import ensure_tuple
 from scripts.layouts import layout_cases
 from scripts.output import case_name
 
-__all__ = ["case_groups", "dataset_channels", "dataset_classes", "load_datalist"]
+__all__ = ["case_groups", "cases_digest", "dataset_channels", "dataset_classes", "load_datalist"]
 
 _SUBSETS = ("training", "validation", "all", "test")
 _LAYOUT = (
@@ -124,7 +125,7 @@ def case_groups(items: Sequence[Mapping[str, Any]]) -> list[int | str]:
     return [item.get("group", index) for index, item in enumerate(items)]
 
 
-def _case_name(item: dict) -> str:
+def _case_name(item: Mapping[str, Any]) -> str:
     return item.get("case") or case_name(ensure_tuple(item["image"])[0])
 
 
@@ -176,9 +177,26 @@ def dataset_classes(dataset_dir: str | os.PathLike) -> dict[int, str]:
     if len(classes) < len(pairs):
         raise ValueError(f"{path}: two labels have the same value: {labels}.")
     classes.setdefault(0, "background")
+    # Tables and files of metrics go by the name, in which commas are blanks, beside the mean.
+    names = [name.replace(",", " ").strip() for name in classes.values()]
+    strange = next((name for name in names if name in ("", "mean") or names.count(name) > 1), None)
+    if strange is not None:
+        raise ValueError(f"{path}: every class must have a name of its own, other than 'mean', got {strange!r}.")
     if sorted(classes) != list(range(len(classes))):
         raise ValueError(f"{path}: label values must run from 0 without a gap, got {sorted(classes)}.")
     return dict(sorted(classes.items()))
+
+
+def cases_digest(cases: Sequence[Mapping[str, Any]]) -> str:
+    """
+    Args:
+        cases: of :py:func:`load_datalist`.
+
+    Returns:
+        how many there are, and a hash of their names, wherever they lie.
+    """
+    names = "\n".join(sorted(_case_name(case) for case in cases))
+    return f"{len(cases)} cases, {hashlib.sha256(names.encode()).hexdigest()[:12]}"
 
 
 def _read_json(dataset_dir: str | os.PathLike) -> tuple[Path, dict]:

@@ -30,13 +30,16 @@ from monai.bundle import ConfigParser
 from monai.utils import ensure_tuple
 
 from scripts.clear_errors import listed
+from scripts.datalist import cases_digest, load_datalist
 from scripts.evaluation import read_cases
 from scripts.output import write_text
 
-__all__ = ["Run", "evaluate", "experiments", "planned_runs", "run_all"]
+__all__ = ["OWN_KEYS", "Run", "check_configs", "evaluate", "experiments", "planned_runs", "run_all"]
 
 _ARM_KEYS = {"configs", "overrides", "folds", "seeds", "weights_of"}
 _KEYS = _ARM_KEYS - {"weights_of"} | {"arms"}
+OWN_KEYS = ("ckpt_dir", "dataset_dir", "fold", "output_dir", "resume", "seed")
+"""Of the configs, that the runner itself sets."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +86,23 @@ def planned_runs(plan: str) -> Iterator[Run]:
             ``configs`` and ``overrides`` below its own.
 
     Raises:
-        ValueError: When the file is missing or has other keys, or ``weights_of`` names no training above.
+        ValueError: When the file is missing, cannot be read, has other keys or overrides what the runner sets, or
+            ``weights_of`` names no training above.
     """
     if not Path(plan).is_file():
         raise ValueError(f"{plan}: there is no such file.")
-    content = ConfigParser.load_config_file(plan)
-    arms = {name: arm or {} for name, arm in content.get("arms", {}).items()}
+    try:
+        content = ConfigParser.load_config_file(plan)
+    except Exception as error:  # of YAML or JSON, whichever the file is
+        raise ValueError(f"{plan} cannot be read: {error}") from error
+    given = content.get("arms") if isinstance(content, dict) else None
+    if not isinstance(given, dict) or not all(isinstance(arm, (dict, type(None))) for arm in given.values()):
+        raise ValueError(f"{plan}: expected 'arms', by name what each adds to 'configs' and 'overrides'.")
+    arms = {str(name): arm or {} for name, arm in given.items()}
+    for part in (content, *arms.values()):
+        own = sorted(set(part.get("overrides") or {}).intersection(OWN_KEYS))
+        if own:
+            raise ValueError(f"{plan}: {own[0]} cannot be among the overrides: the runner sets it.")
     unknown = set(content) - _KEYS | {key for arm in arms.values() for key in set(arm) - _ARM_KEYS}
     if unknown or not arms:
         raise ValueError(
@@ -99,7 +113,7 @@ def planned_runs(plan: str) -> Iterator[Run]:
     for name, arm in arms.items():
         for seed in _numbers(plan, "seeds", arm.get("seeds", every["seeds"])):
             for fold in _numbers(plan, "folds", arm.get("folds", every["folds"])):
-                base = Run("", fold, seed, ensure_tuple(content.get("configs") or ()), content.get("overrides", {}))
+                base = Run("", fold, seed, ensure_tuple(content.get("configs") or ()), content.get("overrides") or {})
                 other = None
                 if "weights_of" in arm:
                     wanted = replace(base, arm=arm["weights_of"]).name
@@ -108,7 +122,7 @@ def planned_runs(plan: str) -> Iterator[Run]:
                         raise ValueError(f"{plan}: weights_of of {name}: there is no training {wanted} above it.")
                     base = other
                 configs = (*base.configs, *ensure_tuple(arm.get("configs") or ()))
-                runs.append(Run(name, fold, seed, configs, {**base.overrides, **arm.get("overrides", {})}, other))
+                runs.append(Run(name, fold, seed, configs, {**base.overrides, **(arm.get("overrides") or {})}, other))
     # Stable: arms in their order, but what waits for another's weights behind the trainings.
     yield from sorted(runs, key=lambda run: (run.seed, run.fold, run.weights_of is not None))
 
@@ -180,20 +194,19 @@ def run_all(
     threads = max(1, (os.cpu_count() or 1) // parallel) if parallel > 1 else None
 
     for run in runs:
+        check_configs(run.configs)
         training = run.weights_of or run
         result, folder = Path(results_dir) / f"{run.name}.json", Path(output_dir) / training.name
-        for file, place, settings in (
-            (result, result, run.settings),
-            (folder / "settings.json", folder, _identity(training, dataset_dir)),
+        begun = any((folder / file).is_file() for file in ("trained", "models/last.pt"))
+        for file, place, settings, there in (
+            (result, result, run.settings, result.is_file()),
+            (folder / "settings.json", folder, _identity(training, dataset_dir), begun),
         ):
-            settings = {"weights_of": None, **settings}
-            before = {"weights_of": None, **json.loads(file.read_text())} if file.is_file() else settings
-            unlike = [key for key in settings if before.get(key, settings[key]) != settings[key]]
+            unlike = _unlike(json.loads(file.read_text()), settings) if there and file.is_file() else ""
             if unlike:
-                then = f", {before['dataset_dir']} then" if "dataset_dir" in unlike else ""
                 raise ValueError(
-                    f"{file} is of a run with other settings ({', '.join(unlike)}{then}): give other folders, or "
-                    f"remove {place} with what is in it."
+                    f"{file} is of a run with other settings ({unlike}): give other folders, or remove {place} with "
+                    "what is in it."
                 )
 
     def work(k: int) -> None:
@@ -266,12 +279,42 @@ def evaluate(
     _bundle(run, dataset_dir, folder, name, ["configs/evaluate.json"], places, threads)
 
 
+def check_configs(configs: Sequence[str]) -> None:
+    """
+    Args:
+        configs: config files.
+
+    Raises:
+        ValueError: When there is no such file.
+    """
+    missing = next((file for file in configs if not Path(file).is_file()), None)
+    if missing is not None:
+        raise ValueError(f"There is no config file {missing}.")
+
+
+def _unlike(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The settings that differ, in words; one that was not noted then does not count."""
+    then, now = {"weights_of": None, **then}, {"weights_of": None, **now}
+    pairs = [(key, then.get(key, now[key]), now[key]) for key in now if key != "overrides"]
+    old, new = then.get("overrides", now["overrides"]), now["overrides"]
+    pairs += [(key, old.get(key, "not set"), new.get(key, "not set")) for key in {**old, **new}]
+    return "; ".join(f"{key}: {before} then, {after} now" for key, before, after in pairs if before != after)
+
+
 def _identity(run: Run, dataset_dir: str) -> dict[str, Any]:
     """What a training must not change in when it goes on: its settings, its data, what its overlays say."""
+    parser = ConfigParser(ConfigParser.load_config_files(["configs/train.json", *run.configs]))
+    parser.update(dict(run.overrides))
+    layout, tested = (parser.get_parsed_content(key) for key in ("layout", "test_cases"))
+    try:
+        cases = cases_digest(load_datalist(dataset_dir, "all", layout=layout, test_cases=tested))
+    except (FileNotFoundError, ValueError):  # of which the training tells
+        cases = "none that can be read"
     overlays = json.dumps([ConfigParser.load_config_file(file) for file in run.configs], sort_keys=True, default=str)
     return {
         **run.settings,
         "dataset_dir": os.path.realpath(os.path.expanduser(str(dataset_dir))),
+        "cases": cases,
         "overlays_sha256": hashlib.sha256(overlays.encode()).hexdigest(),
     }
 
@@ -308,6 +351,11 @@ def _bundle(
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     with open(folder / f"{name}.log", "a") as log:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+    if code < 0:
+        raise ChildProcessError(
+            f"{name} of {run.name} was ended from outside (signal {-code}), as the system does where memory runs out; "
+            "called again it goes on."
+        )
     if code:
         lines = (folder / f"{name}.log").read_text(errors="replace").strip().splitlines()
         raise ChildProcessError(f"{name} of {run.name} failed ({folder / name}.log):\n" + "\n".join(lines[-5:]))

@@ -21,9 +21,19 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from monai.data import MetaTensor
 from monai.data.folder_layout import default_name_formatter
 
-__all__ = ["IMAGE_SUFFIXES", "case_name", "new_figure", "save_as_case", "save_figure", "whole_file", "write_text"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "case_name",
+    "new_figure",
+    "save_as_case",
+    "save_figure",
+    "whole_file",
+    "without_channels",
+    "write_text",
+]
 
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
 """Of volumes, each in a file of its own."""
@@ -56,6 +66,21 @@ def save_as_case(metadata: Mapping[str, Any], saver: Any) -> dict[str, Any]:
     """
     names = default_name_formatter(metadata, saver)
     return {**names, "subject": case_name(names["subject"]) + ".nii"}
+
+
+def without_channels(labels: MetaTensor) -> MetaTensor:
+    """
+    Say in a label map's metadata, which are its image's, that its file has no channels. Of an image that has some MONAI
+    1.6.1 takes the last axis of the label map for them while it writes, and fails where slices lie along another one.
+
+    Args:
+        labels: of one channel (1, D, H, W); its metadata are changed in place.
+
+    Returns:
+        the same.
+    """
+    labels.meta["original_channel_dim"] = "no_channel"
+    return labels
 
 
 def new_figure(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:

@@ -26,6 +26,8 @@ from monai.data.utils import set_rnd
 from monai.engines import Evaluator
 from monai.handlers import CheckpointSaver
 
+from scripts.weights import damaged_part
+
 __all__ = ["BestModelSaver", "EpochSeed", "TrainingCheckpoint"]
 
 
@@ -177,10 +179,16 @@ class TrainingCheckpoint:
         self.logger.info(f"Resumed from {self.path}: {engine.state.epoch} of {engine.state.max_epochs} epochs done.")
 
     def _read(self) -> dict[str, Any]:
+        damaged = damaged_part(self.path)
         try:
             checkpoint = torch.load(self.path, map_location=self.map_location, weights_only=True)
         except Exception as error:
-            raise ValueError(f"{self.path} holds no checkpoint that can be read: {error}") from error
+            damaged = damaged or str(error).splitlines()[0]
+        if damaged is not None:
+            raise ValueError(
+                f"{self.path} is damaged, or no checkpoint ({damaged}): put a copy of it back, or remove it and train "
+                "anew, without --resume."
+            )
         needed = {*self.save_dict, "trainer", "scaler", "plan"}
         if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
             raise ValueError(

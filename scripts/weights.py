@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import zipfile
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from monai.networks.utils import copy_model_state
 
 from scripts.output import whole_file
 
-__all__ = ["check_weights", "load_pretrained", "read_weights", "shippable"]
+__all__ = ["check_weights", "damaged_part", "load_pretrained", "read_weights", "shippable"]
 
 
 def check_weights(
@@ -46,6 +47,11 @@ def check_weights(
     _check_large_file(checkpoint, large_files)
     then = {name: tuple(value.shape) for name, value in read_weights(checkpoint, "--ckpt_dir or --checkpoint").items()}
     now = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    members = [len({name.split(".")[1] for name in names if name.startswith("networks.")}) for names in (then, now)]
+    if all(members) and members[0] != members[1]:
+        raise ValueError(
+            f"{checkpoint} holds {members[0]} networks, not {members[1]}: give --num_networks {members[0]}."
+        )
     for name in sorted(now.keys() | then.keys()):
         if now.get(name) != then.get(name):
             raise ValueError(
@@ -126,6 +132,9 @@ def read_weights(checkpoint: str | os.PathLike, key: str) -> dict[str, torch.Ten
     if not os.path.isfile(checkpoint):
         raise FileNotFoundError(f"There are no weights at {checkpoint}: train first, or give {key} where they lie.")
     expected = "expected a state dict, or one under 'model', as torch.save writes it"
+    damaged = damaged_part(checkpoint)
+    if damaged is not None:
+        raise ValueError(f"{checkpoint} is damaged (in {damaged}): fetch or make it again.")
     try:
         weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except Exception as error:  # many kinds, by what the file is; an UnpicklingError tells how to run its code
@@ -139,6 +148,23 @@ def read_weights(checkpoint: str | os.PathLike, key: str) -> dict[str, torch.Ten
     if spoilt is not None:
         raise ValueError(f"{checkpoint} holds values in {spoilt} that are no numbers, or infinite.")
     return weights
+
+
+def damaged_part(checkpoint: str | os.PathLike) -> str | None:
+    """
+    Args:
+        checkpoint: file as torch.save writes it, an archive with a checksum of each part, at which torch does not look.
+
+    Returns:
+        the first part whose checksum is another; None where all is well, or the file is no such archive.
+    """
+    if not zipfile.is_zipfile(checkpoint):
+        return None
+    try:
+        with zipfile.ZipFile(checkpoint) as archive:
+            return archive.testzip()
+    except zipfile.BadZipFile as error:
+        return str(error)
 
 
 def _not_finite(weights: dict[str, torch.Tensor]) -> str | None:

@@ -438,6 +438,40 @@ def test_label_maps_keep_the_geometry(tmp_path, workflow):
         assert (made[f"{codes}.nii.gz"] == made["ras.nii.gz"]).mean() > 0.999, codes
 
 
+@pytest.mark.parametrize("form", ["4D", "files"])
+def test_label_maps_of_several_channels_keep_the_geometry(form, tmp_path, workflow):
+    """Wherever the slices lie: MONAI's writer fails by itself where their axis is not the last."""
+    (tmp_path / "imagesTs").mkdir()
+    entries, given = [], {}
+    channels = np.random.default_rng(0).normal(size=(24, 18, 9, 2)).astype(np.float32)
+    for codes in ("RAS", "RSA", "SAR", "LPI"):
+        image = nib.Nifti1Image(channels, np.diag([3, 3.5, 5, 1]))
+        turn = nib.orientations.ornt_transform(
+            nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(tuple(codes))
+        )
+        image = image.as_reoriented(turn)
+        if form == "files":
+            paths = [f"imagesTs/{codes}_{k}.nii.gz" for k in range(2)]
+            for k, path in enumerate(paths):
+                nib.save(nib.Nifti1Image(image.get_fdata()[..., k], image.affine), tmp_path / path)
+        else:
+            paths = [f"imagesTs/{codes}.nii.gz"]
+            nib.save(image, tmp_path / paths[0])
+        entries.append(paths if form == "files" else paths[0])
+        given[Path(paths[0]).name] = image.shape[:3], image.affine
+    content = {"labels": {str(k): name for k, name in enumerate(["background", *"abcd"])}, "test": entries}
+    content["modality"] = {"0": "T1", "1": "T2"}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    settings = {**INFERENCE, "num_classes": 5, "in_channels": 2, "ckpt_dir": str(tmp_path)}
+    places = {"dataset_dir": str(tmp_path), "output_dir": str(tmp_path / "out")}
+    flow = workflow(["inference", "tasks/phantom.yaml"], "inference", **settings, **places)
+    torch.save(flow.network_def.state_dict(), tmp_path / "model.pt")
+    flow.run()
+    for name, (shape, affine) in given.items():
+        label = nib.load(tmp_path / "out" / name.replace(".nii.gz", "_seg.nii.gz"))
+        assert label.shape == shape and np.allclose(label.affine, affine, atol=1e-4)
+
+
 def test_image_path_of_other_applications_passes(tmp_path, phantom_dir, workflow):
     """MONAI Label puts the string ``image_path`` beside the image; Spacingd would choke on it."""
     flow = workflow(["inference"], "inference", dataset_dir=str(phantom_dir), ckpt_dir=str(tmp_path), **INFERENCE)

@@ -68,7 +68,9 @@ def test_cross_validation_goes_on_where_it_stopped(phantom_dir, tmp_path, workfl
     for other, message in (
         ({"seed": 1}, "of another cross-validation"),
         ({"weight_decay": 1}, "with other settings"),
-        ({"checkpoint": "models/model.pt"}, "each fold is evaluated with its own"),
+        ({"checkpoint": "models/model.pt"}, "checkpoint cannot be set here: each fold has its own"),
+        ({"fold": 1}, "fold cannot be set here"),
+        ({"config_file": ["configs/tasks/fantom.yaml"]}, "There is no config file configs/tasks/fantom.yaml"),
     ):
         with pytest.raises(ValueError, match=message):
             cross_validation(str(phantom_dir), str(tmp_path / "cv"), **{**given, **other})

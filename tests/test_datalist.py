@@ -23,7 +23,7 @@ import pytest
 
 from scripts.data_check import check_dataset
 from scripts.datafolder import image_list
-from scripts.datalist import dataset_channels, dataset_classes, load_datalist
+from scripts.datalist import cases_digest, dataset_channels, dataset_classes, load_datalist
 
 DATA = Path(os.environ.get("SEGRESMAMBA_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 HIPPOCAMPUS = DATA / "Task04_Hippocampus"
@@ -264,12 +264,24 @@ def test_background_is_added(dataset, labels):
         ({"background": 0, "whole": [1, 2]}, "one whole number"),
         ({"background": 0, "a": 1, "b": 1}, "same value"),
         (None, "declares no labels"),
+        ({"0": "background", "1": "tumour", "2": "tumour"}, "a name of its own, other than 'mean', got 'tumour'"),
+        ({"0": "background", "1": "a,b", "2": "a b"}, "a name of its own"),  # alike in tables
+        ({"0": "background", "1": "mean"}, "a name of its own, other than 'mean'"),
+        ({"0": "background", "1": ""}, "a name of its own"),
     ],
 )
 def test_bad_labels_are_named(dataset, labels, message):
     rewrite_json(dataset, labels=labels)
     with pytest.raises(ValueError, match=message):
         dataset_classes(dataset)
+
+
+def test_the_digest_of_cases(tmp_path):
+    """Goes by the names alone: not by the folder, nor by the order."""
+    cases = [{"image": f"/a/{k}.nii.gz"} for k in range(3)]
+    moved = [{"image": f"/b/{k}.nii.gz"} for k in (2, 0, 1)]
+    assert cases_digest(cases) == cases_digest(moved) and cases_digest(cases).startswith("3 cases, ")
+    assert len({cases_digest(cases), cases_digest(cases[:2]), cases_digest([*cases[:2], {"image": "/a/3.nii"}])}) == 3
 
 
 def test_undeclared_channels_are_named(dataset):

@@ -315,7 +315,9 @@ def test_tom(tmp_path):
         for value in re.findall(r"[+-]0\.\d{4}", row("confirmation_report", "without_tom", "folds.md")[-1])
     ]
     time = re.findall(r"[+-]0\.\d{4}", row("tom_report", "segresmamba_equal_time", "folds.md")[-1])
-    assert f"at as many steps Dice is {in_words(steps[0])} with it (95 % over the folds {steps[2]} to {steps[1]})" in text
+    assert (
+        f"at as many steps Dice is {in_words(steps[0])} with it (95 % over the folds {steps[2]} to {steps[1]})" in text
+    )
     assert f"of equal time {in_words(time[0])} ({time[1]} to {time[2]})" in text
     assert float(steps[2]) < 0 < float(steps[1]) and float(time[1]) < 0 < float(time[2])
     assert f"Gains of more than {max(float(steps[1]), float(time[2])):.3f} are unlikely" in text
@@ -351,7 +353,9 @@ def test_tom_without_the_path_at_full_resolution():
 def test_what_was_not_run_is_named():
     """Of the arms in the plans."""
     text = page_text().partition("## Not measured")[2].partition("## How it is measured")[0]
-    runs = [(plan, run) for plan in ("screening", "confirmation") for run in planned_runs(str(EVIDENCE / f"{plan}.yaml"))]
+    runs = [
+        (plan, run) for plan in ("screening", "confirmation") for run in planned_runs(str(EVIDENCE / f"{plan}.yaml"))
+    ]
     missing = {run.arm for plan, run in runs if EVIDENCE / plan / f"{run.name}.json" not in RESULTS}
     assert set(re.findall("`(.*?)`", text)) == missing
 

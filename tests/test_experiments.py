@@ -100,11 +100,16 @@ def test_runs_are_done_once_and_go_on_where_they_stopped(phantom_dir, tmp_path, 
     changed = folders["runs"] / "plain-fold2-seed0" / "settings.json"
     kept = json.loads(changed.read_text())
     with pytest.raises(
-        ValueError, match="settings.json is of a run with other settings .dataset_dir, .*phantom.* then.:"
+        ValueError, match="settings.json is of a run with other settings .*dataset_dir: .*phantom.* then, .* now"
     ):
         experiments(str(plan), str(tmp_path), *places[1:])
     changed.write_text(json.dumps({**kept, "overlays_sha256": "that of the overlay before it was edited"}))
-    with pytest.raises(ValueError, match="settings.json is of a run with other settings .overlays_sha256.:"):
+    with pytest.raises(
+        ValueError, match="run with other settings .overlays_sha256: that of the overlay before it was edited then"
+    ):
+        experiments(str(plan), *places)
+    changed.write_text(json.dumps({**kept, "cases": "7 cases, 0123456789ab"}))  # as were there then
+    with pytest.raises(ValueError, match="run with other settings .cases: 7 cases, .* then, 6 cases, .* now.:"):
         experiments(str(plan), *places)
     changed.write_text(json.dumps(kept))
 
@@ -136,9 +141,24 @@ def test_an_arm_that_evaluates_the_weights_of_another(tmp_path):
     ):
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps(before))
+        begun = tmp_path / "runs" / "plain-fold0-seed0" / "models" / "last.pt"
+        begun.parent.mkdir(parents=True, exist_ok=True)
+        begun.touch()
         with pytest.raises(ValueError, match=f"{file.name} is of a run with other settings"):
             experiments(str(plan), *places, arms="flipped")
         file.unlink()
+        shutil.rmtree(begun.parents[1])
+
+
+def test_a_run_that_failed_before_it_began_keeps_no_settings(plan, phantom_dir, tmp_path, monkeypatch):
+    """So that a typo does not stand in the way of what was meant."""
+    monkeypatch.chdir(BUNDLE_ROOT)
+    places = [str(phantom_dir), str(tmp_path / "runs"), str(tmp_path / "results")]
+    folder = tmp_path / "runs" / "plain-fold0-seed0"
+    folder.mkdir(parents=True)
+    (folder / "settings.json").write_text(json.dumps({"overrides": {"patchsize": [8, 8, 8]}}))
+    experiments(str(plan), *places, arms="plain")
+    assert "patchsize" not in (folder / "settings.json").read_text()
 
 
 def test_a_failing_run_says_why(plan, tmp_path):
@@ -152,7 +172,12 @@ def test_a_failing_run_says_why(plan, tmp_path):
     ("content", "message"),
     [
         ({**PLAN, "seed": [1]}, "unknown: seed"),
-        ({"folds": [0]}, "expected the keys"),
+        ({"folds": [0]}, "expected 'arms', by name"),
+        ({**PLAN, "arms": {"a": "ema.yaml"}}, "expected 'arms', by name"),
+        ({**PLAN, "arms": {}}, "expected the keys"),
+        ([1], "expected 'arms', by name"),
+        ({**PLAN, "overrides": {"fold": 3}}, "fold cannot be among the overrides: the runner sets it"),
+        ({**PLAN, "arms": {"a": {"overrides": {"seed": 3}}}}, "seed cannot be among the overrides"),
         ({**PLAN, "arms": {"a": {"override": {}}}}, "unknown: override"),
         (
             {**PLAN, "arms": {"b": {"weights_of": "a"}, "a": None}},
@@ -167,3 +192,19 @@ def test_bad_plans(content, message, tmp_path):
         list(planned_runs(str(tmp_path / "plan.yaml")))
     with pytest.raises(ValueError, match="no such file"):
         list(planned_runs(str(tmp_path / "other.yaml")))
+    (tmp_path / "plan.yaml").write_text("arms: {a: [}")
+    with pytest.raises(ValueError, match="plan.yaml cannot be read: "):
+        list(planned_runs(str(tmp_path / "plan.yaml")))
+
+
+def test_what_a_plan_leaves_empty(tmp_path):
+    (tmp_path / "plan.yaml").write_text("overrides:\narms:\n  a:\n    overrides:\n")
+    (run,) = planned_runs(str(tmp_path / "plan.yaml"))
+    assert run.overrides == {} and run.configs == ()
+
+
+def test_a_config_that_is_not_there(tmp_path, phantom_dir, monkeypatch):
+    monkeypatch.chdir(BUNDLE_ROOT)
+    (tmp_path / "plan.yaml").write_text("arms: {a: {configs: [configs/tasks/fantom.yaml]}}")
+    with pytest.raises(ValueError, match="There is no config file configs/tasks/fantom.yaml"):
+        experiments(str(tmp_path / "plan.yaml"), str(phantom_dir), str(tmp_path / "runs"), str(tmp_path / "results"))

@@ -463,6 +463,16 @@ def test_inference_refuses_weights_that_are_not_those(fault, trained, unfetched)
     assert re.search(expected, cause)
 
 
+def test_the_fetched_copy_plans(released, phantom_dir, tmp_path):
+    """It has the figures by which its commands choose and compare."""
+    written = tmp_path / "mine.yaml"
+    arguments = ("--dataset_dir", str(phantom_dir), "--output", str(written), "--memory_gb", "4")
+    released.python("-m", "scripts.plan", *arguments, cwd=released.root)
+    assert "patch_size" in ConfigParser.load_config_file(written)
+    code = "from scripts.benchmark.papers import load_papers; print(len(load_papers()), 'set-ups')"
+    assert "set-ups" in released.python("-c", code, cwd=released.root)
+
+
 def test_training_goes_on_in_the_fetched_copy(released, phantom_dir, tmp_path):
     """From its weights, by its configs alone."""
     parser = ConfigParser(ConfigParser.load_config_file(released.root / "configs" / "train.json"))

@@ -118,6 +118,19 @@ def test_resume_of_a_training_that_knew_fewer_settings(settings, workflow, tmp_p
     assert len(losses(resumed)) > 0
 
 
+def test_resume_with_other_cases_is_an_error(settings, workflow, tmp_path):
+    """Another list would be shuffled otherwise, and cases that were trained on would be validated."""
+    places = {"ckpt_dir": str(tmp_path), "output_dir": str(tmp_path)}
+    losses(workflow(["train", "tasks/phantom.yaml"], **settings, **places), stop_after=1)
+    checkpoint = torch.load(tmp_path / "last.pt", weights_only=True)
+    now = checkpoint["plan"]["training_cases"]
+    checkpoint["plan"]["training_cases"] = "7 cases, 0123456789ab"
+    torch.save(checkpoint, tmp_path / "last.pt")
+    with pytest.raises(RuntimeError) as error:
+        workflow(["train", "tasks/phantom.yaml"], **{**settings, **places, "resume": True}).run()
+    assert f"training_cases 7 cases, 0123456789ab then, {now} now" in str(error.value.__cause__)
+
+
 def test_resume_without_checkpoint_is_an_error(settings, workflow, tmp_path):
     flow = workflow(
         ["train", "tasks/phantom.yaml"],

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from scripts.ensemble import Ensemble, join_weights
 from scripts.weights import check_weights, load_pretrained, shippable
 
 
@@ -107,6 +108,29 @@ def test_a_pickle_of_anything_else_is_refused(bundle):
     torch.save(network, folder / "models" / "whole.pt")  # a pickled module, which could run any code when loaded
     with pytest.raises(ValueError, match="can be read: it is damaged, or holds other things; expected a state dict"):
         check_weights(folder / "models" / "whole.pt", network)
+
+
+def test_damaged_weights_are_refused(bundle):
+    """Of which torch.load says nothing, as it does not look at the archive's checksums."""
+    folder, network = bundle
+    file = folder / "models" / "damaged.pt"
+    torch.save(network.state_dict(), file)
+    content = bytearray(file.read_bytes())
+    place = content.index(network.weight.detach().numpy().tobytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+    assert torch.load(file, weights_only=True).keys() == network.state_dict().keys()
+    with pytest.raises(ValueError, match="damaged.pt is damaged .in .*data/0.: fetch or make it again"):
+        check_weights(file, network)
+
+
+def test_an_ensemble_of_another_size_is_told_by_its_number(tmp_path):
+    member = torch.nn.Linear(2, 2)
+    torch.save(member.state_dict(), tmp_path / "one.pt")
+    join_weights([tmp_path / "one.pt"] * 2, tmp_path / "two.pt")
+    with pytest.raises(ValueError, match="holds 2 networks, not 3: give --num_networks 2"):
+        check_weights(tmp_path / "two.pt", Ensemble(member, 3))
+    check_weights(tmp_path / "two.pt", Ensemble(member, 2))
 
 
 def test_files_of_other_kinds_are_refused(bundle):

@@ -47,6 +47,8 @@ _PATTERNS = (
     "configs/networks/*.yaml",
     "configs/options/*.yaml",
     "scripts/**/*.py",
+    "docs/benchmarks/memory.json",
+    "docs/benchmarks/papers.yaml",
     "docs/data_license.txt",
     "docs/engines.md",
     "docs/evaluation.md",
