@@ -17,6 +17,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
@@ -105,7 +106,9 @@ def check_dataset(
     found += [_range(sizes) + " voxels", _range(spacings) + " mm"]
     if label_key is not None:
         of = f"0 to {num_classes - 1}" if label_values is None else _listed(allowed)
-        found.append(f"label values {', '.join(map(str, sorted(values)))} of {of}")
+        never = sorted(set(allowed.tolist()) - values)
+        absent = f", {', '.join(map(str, never))} in no case" if never else ""
+        found.append(f"label values {', '.join(map(str, sorted(values)))} of {of}{absent}")
     return "; ".join(found)
 
 
@@ -185,7 +188,9 @@ def _label_problems(
     elif image is not None and check_affine:
         distance, tolerance = _corner_distance(image, label)
         if distance > tolerance:
-            faults.append(f"the label lies up to {distance:.1f} mm away from the image: their affines differ")
+            axes, own = ("".join(nib.aff2axcodes(np.asarray(volume.affine))) for volume in (image, label))
+            reason = "their affines differ" if axes == own else f"its axes run {own}, the image's {axes}"
+            faults.append(f"the label's voxels lie up to {distance:.1f} mm away from the image's: {reason}")
     values = np.asarray(label)
     if not (values == np.rint(values)).all():
         example = values[values != np.rint(values)].flat[0]

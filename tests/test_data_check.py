@@ -86,7 +86,12 @@ FAULTS = {
     "shifted label": (
         "label",
         lambda p: save(np.ones(SHAPE, np.uint8), p, np.diag([1, 1, 1.5, 1])),
-        "3.0 mm away from the image",
+        "3.0 mm away from the image's: their affines differ$",
+    ),
+    "label along other axes": (
+        "label",
+        lambda p: save(np.ones(SHAPE, np.uint8), p, np.diag([-1, -1, 1, 1])),
+        "away from the image's: its axes run LPS, the image's RAS$",
     ),
 }
 
@@ -141,6 +146,12 @@ def test_a_case_without_label_is_named_unless_no_label_is_asked_for(dataset):
 def test_an_empty_list_is_refused():
     with pytest.raises(ValueError, match="data list is empty"):
         check_dataset([], num_classes=3)
+
+
+def test_a_class_that_no_case_has_is_told(dataset):
+    items = load_datalist(dataset, "all")
+    assert "label values 0, 1, 2 of 0 to 4, 3, 4 in no case" in check_dataset(items, num_classes=5, progress=False)
+    assert "in no case" not in check_dataset(items, num_classes=3, progress=False)
 
 
 def test_values_may_have_gaps(dataset):
