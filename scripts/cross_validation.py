@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from monai.bundle import ConfigParser
 from monai.utils import ensure_tuple
 
 from scripts.datalist import load_datalist
 from scripts.ensemble import join_weights
 from scripts.evaluation import statistics, summary_table
-from scripts.experiments import OWN_KEYS, Run, check_configs, evaluate, run_all
+from scripts.experiments import OWN_KEYS, Run, check_configs, evaluate, parsed, run_all
 from scripts.output import write_text
 from scripts.report import read_evaluations
 
@@ -69,9 +68,7 @@ def cross_validation(
     configs = ensure_tuple(config_file)
     check_configs(configs)
     if num_folds is None:
-        parser = ConfigParser(ConfigParser.load_config_files(["configs/train.json", *configs]))
-        parser.update(overrides)
-        num_folds = parser.get_parsed_content("num_folds")
+        num_folds = parsed(configs, overrides).get_parsed_content("num_folds")
     overrides = {**overrides, "num_folds": num_folds}
     runs = [Run("cross_validation", fold, seed, configs, overrides) for fold in range(num_folds)]
     folder = Path(output_dir)
@@ -103,8 +100,7 @@ def cross_validation(
 
 
 def _has_test_labels(configs: Sequence[str], overrides: dict[str, Any], dataset_dir: str) -> bool:
-    parser = ConfigParser(ConfigParser.load_config_files(["configs/train.json", *configs]))
-    parser.update(overrides)
+    parser = parsed(configs, overrides)
     try:
         cases = load_datalist(dataset_dir, "test", layout=parser["layout"], test_cases=parser["test_cases"])
     except (ValueError, FileNotFoundError):  # there are none

@@ -177,9 +177,7 @@ def _image_problems(
     return f"{_short(files)}: {', '.join(faults)}" if faults else None
 
 
-def _label_problems(
-    label: torch.Tensor, image: torch.Tensor | None, file: str, allowed: np.ndarray, check_affine: bool
-) -> str | None:
+def _label_problems(label: Any, image: Any | None, file: str, allowed: np.ndarray, check_affine: bool) -> str | None:
     faults = []
     if label.shape[0] != 1:
         faults.append(f"the label has {label.shape[0]} channels instead of 1")

@@ -34,7 +34,7 @@ from scripts.datalist import cases_digest, load_datalist
 from scripts.evaluation import read_cases
 from scripts.output import write_text
 
-__all__ = ["OWN_KEYS", "Run", "check_configs", "evaluate", "experiments", "planned_runs", "run_all"]
+__all__ = ["OWN_KEYS", "Run", "check_configs", "evaluate", "experiments", "parsed", "planned_runs", "run_all"]
 
 _ARM_KEYS = {"configs", "overrides", "folds", "seeds", "weights_of"}
 _KEYS = _ARM_KEYS - {"weights_of"} | {"arms"}
@@ -292,6 +292,20 @@ def check_configs(configs: Sequence[str]) -> None:
         raise ValueError(f"There is no config file {missing}.")
 
 
+def parsed(configs: Sequence[str], overrides: Mapping[str, Any]) -> ConfigParser:
+    """
+    Args:
+        configs: config files behind configs/train.json, in this order.
+        overrides: keys of the configs.
+
+    Returns:
+        the parser of what a training with them has.
+    """
+    parser = ConfigParser(ConfigParser.load_config_files(["configs/train.json", *configs]))
+    parser.update(dict(overrides))
+    return parser
+
+
 def _unlike(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The settings that differ, in words; one that was not noted then does not count."""
     then, now = {"weights_of": None, **then}, {"weights_of": None, **now}
@@ -303,8 +317,7 @@ def _unlike(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def _identity(run: Run, dataset_dir: str) -> dict[str, Any]:
     """What a training must not change in when it goes on: its settings, its data, what its overlays say."""
-    parser = ConfigParser(ConfigParser.load_config_files(["configs/train.json", *run.configs]))
-    parser.update(dict(run.overrides))
+    parser = parsed(run.configs, run.overrides)
     layout, tested = (parser.get_parsed_content(key) for key in ("layout", "test_cases"))
     try:
         cases = cases_digest(load_datalist(dataset_dir, "all", layout=layout, test_cases=tested))
