@@ -103,7 +103,8 @@ def _has_test_labels(configs: Sequence[str], overrides: dict[str, Any], dataset_
     parser = parsed(configs, overrides)
     try:
         cases = load_datalist(dataset_dir, "test", layout=parser["layout"], test_cases=parser["test_cases"])
-    except (ValueError, FileNotFoundError):  # there are none
+    except (ValueError, FileNotFoundError) as error:  # there are none, as a rule
+        print(f"The ensemble is not measured on test cases: {error}")
         return False
     return all("label" in case for case in cases)
 

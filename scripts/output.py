@@ -8,12 +8,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Files that are there whole or not at all, and figures that need no display."""
+"""Files that are there whole or not at all, figures that need no display, and tables."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from monai.data.folder_layout import default_name_formatter
 __all__ = [
     "IMAGE_SUFFIXES",
     "case_name",
+    "markdown_table",
     "new_figure",
     "save_as_case",
     "save_figure",
@@ -81,6 +82,19 @@ def without_channels(labels: MetaTensor) -> MetaTensor:
     """
     labels.meta["original_channel_dim"] = "no_channel"
     return labels
+
+
+def markdown_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """
+    Args:
+        head: of the columns.
+        lines: their cells.
+
+    Returns:
+        a table in Markdown.
+    """
+    rows = [f"| {' | '.join(cells)} |" for cells in (head, *lines)]
+    return "\n".join([rows[0], f"|{' --- |' * len(head)}", *rows[1:]]) + "\n"
 
 
 def new_figure(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:

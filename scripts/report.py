@@ -14,21 +14,29 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student_t
 from scipy.stats import wilcoxon
 
 from scripts.clear_errors import listed
 from scripts.evaluation import read_cases, statistics
-from scripts.output import new_figure, save_figure, write_text
+from scripts.output import markdown_table, new_figure, save_figure, write_text
+from scripts.run_results import (
+    curves,
+    folds_table,
+    intervals_over_folds,
+    means_of_folds,
+    means_of_seeds,
+    ranges_from_seeds,
+    read_runs,
+    seeds_table,
+)
 
 __all__ = ["Comparison", "holm", "read_evaluations", "report"]
 
@@ -60,7 +68,7 @@ def read_evaluations(path: str | os.PathLike) -> dict[str, Cases]:
     folder = Path(path)
     own_name, crossed = folder.resolve().name, (folder / "results").is_dir()
     sources = [
-        (own_name if crossed else r["arm"], r["cases"]) for r in _runs(folder / "results" if crossed else folder)
+        (own_name if crossed else r["arm"], r["cases"]) for r in read_runs(folder / "results" if crossed else folder)
     ]
     found: dict[str, Any] = defaultdict(lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(list))))
     for name, cases in sources or [(own_name, read_cases(folder))]:
@@ -201,7 +209,7 @@ class Comparison:
                 else:
                     cells += [_interval(row["difference"], "+"), _p(row["p_holm"])]
                 lines.append(cells)
-            text += _table(head, lines) + "\n"
+            text += markdown_table(head, lines) + "\n"
         return text
 
     def overview(self) -> str:
@@ -216,7 +224,7 @@ class Comparison:
             for row in (row for row in self.rows if row["metric"] == metric):
                 compared = [_interval(row["difference"], "+"), _p(row["p_holm"])] if "difference" in row else ["", ""]
                 table[row["name"]] += [_interval(row["mean"]), *compared]
-        return _table(head, table.values())
+        return markdown_table(head, table.values())
 
     def differences(
         self, over_folds: Mapping[str, tuple[float, float]], from_seeds: Mapping[str, tuple[float, float]]
@@ -315,31 +323,27 @@ def report(
     write_text(output / "comparison.csv", _csv(comparison.rows))
     write_text(output / "overview.md", comparison.overview())
     save_figure(comparison.box_plots(), output / "comparison.png")
-    runs = {arm: [run for folder in results for run in _runs(folder) if run["arm"] == arm] for arm in found}
+    runs = {arm: [run for folder in results for run in read_runs(folder) if run["arm"] == arm] for arm in found}
     shared = set.intersection(*({run["fold"] for run in mine} for mine in runs.values()))
     runs = {arm: [run for run in mine if run["fold"] in shared] for arm, mine in runs.items()}
     over_folds, from_seeds = {}, {}
     if all(runs.values()):
-        means = _of_seeds(runs)
-        from_seeds = _ranges_from_seeds(means, comparison.reference)
-        write_text(output / "runs.md", _runs_table(means, len(shared), from_seeds, comparison.reference))
+        means = means_of_seeds(runs)
+        from_seeds = ranges_from_seeds(means, comparison.reference)
+        write_text(output / "runs.md", seeds_table(means, len(shared), from_seeds, comparison.reference))
         if len(shared) > 1:
-            by_fold = {arm: _means(mine, "fold") for arm, mine in runs.items()}
-            over_folds = _intervals_over_folds(by_fold, comparison.reference)
-            write_text(output / "folds.md", _folds_table(by_fold, over_folds, comparison.reference))
-        if any(run["curve"] for mine in runs.values() for run in mine):
-            save_figure(_draw_curves(runs), output / "learning_curves.png")
+            by_fold = means_of_folds(runs)
+            over_folds = intervals_over_folds(by_fold, comparison.reference)
+            write_text(output / "folds.md", folds_table(by_fold, over_folds, comparison.reference))
+        drawn = curves(runs)
+        if drawn is not None:
+            save_figure(drawn, output / "learning_curves.png")
     if len(found) > 1:
         save_figure(comparison.differences(over_folds, from_seeds), output / "differences.png")
     print(table)
     if comparison.left_out:
         print(f"{comparison.left_out} cases that not all have were left out.")
     print(f"Written to {output}.")
-
-
-def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [f"| {' | '.join(cells)} |" for cells in (head, *lines)]
-    return "\n".join([rows[0], f"|{' --- |' * len(head)}", *rows[1:]]) + "\n"
 
 
 def _interval(found: Mapping[str, float], sign: str = "") -> str:
@@ -364,111 +368,6 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(flat)
     return text.getvalue()
-
-
-def _runs(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """What the runner has written to a folder, one for each run."""
-    contents = [json.loads(file.read_text()) for file in sorted(Path(folder).glob("*.json"))]
-    return [content for content in contents if "arm" in content]
-
-
-def _means(runs: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
-    """Mean Dice of the cases by "seed" or "fold"."""
-    found: dict[int, list[float]] = defaultdict(list)
-    for run in runs:
-        found[run[key]].extend(case["val_mean_dice"]["mean"] for case in run["cases"].values())
-    return {k: float(np.mean(values)) for k, values in sorted(found.items())}
-
-
-def _of_seeds(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[float]]:
-    """Mean Dice of each seed of an arm that is done on all folds."""
-    folds = {run["fold"] for mine in runs.values() for run in mine}
-    means = {}
-    for arm, mine in runs.items():
-        done = {seed for seed in {r["seed"] for r in mine} if {r["fold"] for r in mine if r["seed"] == seed} == folds}
-        means[arm] = list(_means([run for run in mine if run["seed"] in done], "seed").values())
-    return means
-
-
-def _ranges_from_seeds(means: Mapping[str, Sequence[float]], reference: str) -> dict[str, tuple[float, float]]:
-    """
-    The differences to the reference, and half the 95 % range that seeds alone give them: by Student's t, from the
-    standard deviation pooled over the arms. None where no arm has several seeds.
-    """
-    freedom = sum(max(0, len(values) - 1) for values in means.values())
-    if not freedom or not means[reference]:
-        return {}
-    squares = sum(float(np.sum((np.array(values) - np.mean(values)) ** 2)) for values in means.values() if values)
-    bound = float(student_t.ppf(0.975, freedom)) * (squares / freedom) ** 0.5
-    return {
-        arm: (
-            float(np.mean(values) - np.mean(means[reference])),
-            bound * (1 / len(values) + 1 / len(means[reference])) ** 0.5,
-        )
-        for arm, values in means.items()
-        if arm != reference and values
-    }
-
-
-def _runs_table(
-    means: Mapping[str, Sequence[float]], folds: int, from_seeds: Mapping[str, tuple[float, float]], reference: str
-) -> str:
-    head = ["", "folds", "seeds", "mean Dice of each seed", "their standard deviation"]
-    head += [f"difference to {reference} ± 95 % range from seeds alone"] if from_seeds else []
-    lines = []
-    for arm, values in means.items():
-        spread = f"{np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-        cells = [arm, str(folds), str(len(values)), ", ".join(f"{value:.4f}" for value in values), spread]
-        if from_seeds:
-            cells.append("{:+.4f} ± {:.4f}".format(*from_seeds[arm]) if arm in from_seeds else "")
-        lines.append(cells)
-    return _table(head, lines)
-
-
-def _intervals_over_folds(means: Mapping[str, Mapping[int, float]], reference: str) -> dict[str, tuple[float, float]]:
-    """
-    The mean of the folds' differences to the reference, and half its 95 % interval over the folds: by Student's t, with
-    the variance corrected for training sets that overlap (Nadeau and Bengio, Machine Learning 52, 2003).
-    """
-    folds = list(means[reference])
-    found = {}
-    for arm, values in means.items():
-        if arm != reference:
-            differences = [values[fold] - means[reference][fold] for fold in folds]
-            # Of a cross-validation that is not complete the correction is too large rather than too small.
-            error = float(np.std(differences, ddof=1)) * (1 / len(folds) + 1 / (len(folds) - 1)) ** 0.5
-            found[arm] = float(np.mean(differences)), float(student_t.ppf(0.975, len(folds) - 1)) * error
-    return found
-
-
-def _folds_table(
-    means: Mapping[str, Mapping[int, float]], over_folds: Mapping[str, tuple[float, float]], reference: str
-) -> str:
-    folds = list(means[reference])
-    head = ["mean Dice", *(f"fold {fold}" for fold in folds), f"difference to {reference} [95 % CI over folds]"]
-    lines = []
-    for arm, values in means.items():
-        mean, half = over_folds.get(arm, (0.0, 0.0))
-        interval = f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]" if arm != reference else ""
-        lines.append([arm, *(f"{values[fold]:.4f}" for fold in folds), interval])
-    return _table(head, lines)
-
-
-def _draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
-    figure, axes = new_figure(1, 1)
-    for k, (arm, mine) in enumerate(runs.items()):
-        by_epoch: dict[int, list[float]] = {}
-        for row in (row for run in mine for row in run["curve"] if row["val_mean_dice"]):
-            by_epoch.setdefault(int(row["epoch"]), []).append(float(row["val_mean_dice"]))
-        if not by_epoch:  # it evaluates the weights of another
-            continue
-        epochs = sorted(by_epoch)
-        style = ("-", "--", ":", "-.")[k // 10 % 4]
-        axes[0][0].plot(epochs, [np.mean(by_epoch[e]) for e in epochs], style, marker="o", markersize=3, label=arm)
-    axes[0][0].set(xlabel="epoch", ylabel="validation's mean Dice, mean of the runs")
-    axes[0][0].grid(alpha=0.3)
-    figure.legend(loc="outside right upper")
-    return figure
 
 
 if __name__ == "__main__":
