@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -111,9 +112,14 @@ def load_pretrained(
         logging.WARNING if few else logging.INFO,
         f"Fine-tuning from {checkpoint}: {len(loaded)} of {len(loaded) + len(fresh)} tensors loaded"
         f"{', and most of the network starts from scratch: give the channels and depths of that training' * few}; "
-        f"not in the file with this shape: {', '.join(fresh) or 'none'}; "
-        f"left in the file: {', '.join(left) or 'none'}.",
+        f"not in the file with this shape: {_named(fresh)}; left in the file: {_named(left)}.",
     )
+
+
+def _named(tensors: Sequence[str], most: int = 12) -> str:
+    """Of another width it is nearly all of them."""
+    more = f" and {len(tensors) - most} more" if len(tensors) > most else ""
+    return (", ".join(tensors[:most]) or "none") + more
 
 
 def read_weights(checkpoint: str | os.PathLike, key: str) -> dict[str, torch.Tensor]:

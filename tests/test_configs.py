@@ -34,7 +34,7 @@ from scripts.autocast_inferer import AutocastInferer
 from scripts.benchmark.networks import build_network
 from scripts.clear_errors import ClearErrors
 from scripts.datafolder import channel_count, class_names, image_list
-from scripts.phantom import PHANTOM_CLASSES, make_phantom
+from scripts.phantom_volume import PHANTOM_CLASSES, make_phantom
 from tests.conftest import BUNDLE_ROOT, TINY
 from tests.lookalikes import make_tree, write_series
 from tests.test_datalist import save, write_dataset

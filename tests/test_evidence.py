@@ -345,8 +345,8 @@ def test_tom_without_the_path_at_full_resolution():
     text = page_text()
     p = ttest_ind(with_tom, without).pvalue
     assert (
-        f"{means[0]:.4f} with it, {means[1]:.4f} without (three seeds of twelve epochs on fold 0; t-test over the seeds, "
-        f"p = {p:.2f})" in text
+        f"{means[0]:.4f} with it, {means[1]:.4f} without (three seeds of twelve epochs on fold 0; t-test over the "
+        f"seeds, p = {p:.2f})" in text
     )
 
 

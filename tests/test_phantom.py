@@ -25,7 +25,8 @@ import pytest
 from scripts import phantom
 from scripts.data_check import check_dataset
 from scripts.datalist import dataset_channels, dataset_classes, load_datalist
-from scripts.phantom import PHANTOM_CLASSES, make_phantom, write_phantoms
+from scripts.phantom import write_phantoms
+from scripts.phantom_volume import PHANTOM_CLASSES, make_phantom
 
 ROOT = Path(__file__).resolve().parents[1]
 GRID = {"spatial_size": (64, 60, 66), "spacing": (2.5, 2.5, 2.5)}

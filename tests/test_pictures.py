@@ -20,7 +20,7 @@ from matplotlib.image import imread
 from monai.data import MetaTensor
 from monai.transforms import LoadImage
 
-from scripts.phantom import PHANTOM_CLASSES, make_phantom
+from scripts.phantom_volume import PHANTOM_CLASSES, make_phantom
 from scripts.pictures import OverlayPictures, draw_overlay
 
 

@@ -28,7 +28,7 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.phantom import make_phantom
+from scripts.phantom_volume import make_phantom
 from scripts.segresmamba import SegResMamba
 from scripts.selective_scan import available_engines, oriented_mixer, selective_scan_channels_last
 from scripts.tri_orientated_mamba import ToM

@@ -69,14 +69,18 @@ def test_a_missing_large_file_says_where_it_is(bundle):
 def test_fine_tuning_from_another_width_is_warned_of(bundle, caplog):
     folder, _ = bundle
 
-    def network(width: int) -> torch.nn.Module:
-        return torch.nn.Sequential(torch.nn.Conv3d(1, width, 3), torch.nn.Conv3d(width, 2, 3))
+    def network(width: int, more: int = 0) -> torch.nn.Module:
+        inner = [torch.nn.Conv3d(width, width, 1) for _ in range(more)]
+        return torch.nn.Sequential(torch.nn.Conv3d(1, width, 3), torch.nn.Conv3d(width, 2, 3), *inner)
 
     torch.save(network(4).state_dict(), folder / "own.pt")
     load_pretrained(folder / "own.pt", network(4))
     assert "scratch" not in caplog.text
     load_pretrained(folder / "own.pt", network(8))
     assert "1 of 4 tensors loaded, and most of the network starts from scratch" in caplog.text
+    torch.save(network(4, 20).state_dict(), folder / "own.pt")
+    load_pretrained(folder / "own.pt", network(8, 20))  # 43 tensors of another shape: a few are named
+    assert caplog.text.count(" and 31 more") == 2 and "20.weight" not in caplog.text
 
 
 def test_weights_in_half_precision_fit(bundle):
