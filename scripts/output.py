@@ -91,10 +91,10 @@ def markdown_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
         lines: their cells.
 
     Returns:
-        a table in Markdown.
+        a table in Markdown, whose last line has no end.
     """
     rows = [f"| {' | '.join(cells)} |" for cells in (head, *lines)]
-    return "\n".join([rows[0], f"|{' --- |' * len(head)}", *rows[1:]]) + "\n"
+    return "\n".join([rows[0], f"|{' --- |' * len(head)}", *rows[1:]])
 
 
 def new_figure(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:

@@ -209,7 +209,7 @@ class Comparison:
                 else:
                     cells += [_interval(row["difference"], "+"), _p(row["p_holm"])]
                 lines.append(cells)
-            text += markdown_table(head, lines) + "\n"
+            text += markdown_table(head, lines) + "\n\n"
         return text
 
     def overview(self) -> str:
@@ -224,7 +224,7 @@ class Comparison:
             for row in (row for row in self.rows if row["metric"] == metric):
                 compared = [_interval(row["difference"], "+"), _p(row["p_holm"])] if "difference" in row else ["", ""]
                 table[row["name"]] += [_interval(row["mean"]), *compared]
-        return markdown_table(head, table.values())
+        return markdown_table(head, table.values()) + "\n"
 
     def differences(
         self, over_folds: Mapping[str, tuple[float, float]], from_seeds: Mapping[str, tuple[float, float]]

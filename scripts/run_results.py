@@ -148,7 +148,7 @@ def seeds_table(
         if from_seeds:
             cells.append("{:+.4f} ± {:.4f}".format(*from_seeds[arm]) if arm in from_seeds else "")
         lines.append(cells)
-    return markdown_table(head, lines)
+    return markdown_table(head, lines) + "\n"
 
 
 def folds_table(
@@ -170,7 +170,7 @@ def folds_table(
         mean, half = over_folds.get(arm, (0.0, 0.0))
         interval = f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]" if arm != reference else ""
         lines.append([arm, *(f"{values[fold]:.4f}" for fold in folds), interval])
-    return markdown_table(head, lines)
+    return markdown_table(head, lines) + "\n"
 
 
 def curves(runs: Runs) -> Any:

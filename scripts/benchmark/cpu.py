@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from scripts.host_memory import retain_freed_memory
+from scripts.output import markdown_table
 from scripts.selective_scan import selective_scan_channels_last
 
 from .apart import run_apart
@@ -126,13 +127,12 @@ def _markdown(results: dict) -> str:
         ("Inference, one 128 x 128 x 128 patch, 1 to 14 classes, float32", inference),
         ("Training step (forward and backward), channels 16 to 128, batch 2, 48 x 64 x 48", training),
     ):
-        lines += ["", f"**{title}**", "", "| | median s | least | most | runs |", "| --- | --- | --- | --- | --- |"]
-        lines += [
-            f"| {key} | {row['median']:.3f} | {row['min']:.3f} | {row['max']:.3f} | {row['runs']} |"
+        rows = [
+            [key, *(f"{row[what]:.3f}" for what in ("median", "min", "max")), str(row["runs"])]
             for key, row in table.items()
         ]
-    lines += ["", "**Ratios of medians**", "", "| | |", "| --- | --- |"]
-    for label, table, a, b in (
+        lines += ["", f"**{title}**", "", markdown_table(["", "median s", "least", "most", "runs"], rows)]
+    compared = (
         ("token loop / numba, forward", scan, "reference forward", "numba forward"),
         ("chunked / numba, forward", scan, "chunked forward", "numba forward"),
         ("SegResMamba / without ToM, inference", inference, "SegResMamba (text)", "SegResMamba (text) without ToM"),
@@ -141,10 +141,13 @@ def _markdown(results: dict) -> str:
         ("with / without ToM, training step", training, "compact", "compact without ToM"),
         ("with / without ToM, training step, bf16", training, "compact, bf16", "compact without ToM, bf16"),
         ("float32 / bf16, training step", training, "compact", "compact, bf16"),
-    ):
-        lines.append(f"| {label} | {ratio(table, a, b)} |")
+    )
+    rows = [[label, ratio(table, a, b)] for label, table, a, b in compared]
+    lines += ["", "**Ratios of medians**", "", markdown_table(["", ""], rows)]
     lines += ["", "**Peak resident memory of one training step, text variant, 96 x 96 x 96, batch 1, float32**", ""]
-    lines += ["| | before the network is made | peak |", "| --- | --- | --- |"]
-    for label, row in results["training_memory"].items():
-        lines.append(f"| {label} | {row['base_mib']:,} MiB | {row['peak_mib']:,} MiB |")
+    rows = [
+        [label, *(f"{row[what]:,} MiB" for what in ("base_mib", "peak_mib"))]
+        for label, row in results["training_memory"].items()
+    ]
+    lines.append(markdown_table(["", "before the network is made", "peak"], rows))
     return "\n".join(lines) + "\n"

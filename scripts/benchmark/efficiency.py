@@ -24,6 +24,7 @@ from tqdm import tqdm
 from scripts.clear_errors import listed
 from scripts.complexity import dead_parameters, flops, paper_macs, parameter_counts
 from scripts.host_memory import retain_freed_memory
+from scripts.output import markdown_table
 
 from .apart import run_apart
 from .energy import Energy, co2_as_in_the_paper
@@ -301,7 +302,7 @@ def _tables(results: Mapping[str, Any]) -> list[str]:
 def _counts_table(rows: Sequence[dict]) -> list[str]:
     heads = ["network", "parameters, M", "live", "the paper", "MACs by thop's rules, G", "the paper", "ours / its"]
     heads += ["FLOPs / 2, G: convolutions and products", "the paper's FLOPs", "ToM beside it", "all"]
-    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    lines = []
     for row in rows:
         paper = row["paper"]
         macs, counted = row.get("macs"), {key: value / 2e9 for key, value in row.get("flops", {}).items()}
@@ -309,20 +310,18 @@ def _counts_table(rows: Sequence[dict]) -> list[str]:
         cells += [_number(paper.get("parameters")), _number(macs, 1e9) or row["error"], _number(paper.get("macs"))]
         cells += [f"{macs / 1e9 / paper['macs']:.4f}" if macs and "macs" in paper else ""]
         cells += [_number(counted.get("convolutions and products")), _number(paper.get("flops"))]
-        cells += [_number(counted.get("tom") or None), _number(counted.get("all"))]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        lines.append([*cells, _number(counted.get("tom") or None), _number(counted.get("all"))])
+    return [markdown_table(heads, lines)]
 
 
 def _measured_table(rows: Sequence[dict], results: Mapping[str, Any]) -> list[str]:
     if not rows:
         return []
     kinds = [step for step in ("inference", "training") if any(step in row for row in rows)]
-    lines = ["", "| network |", "| --- |"]
+    heads, table = ["network"], []
     for step in kinds:
-        lines[1] += f" {step}, s (least to most) | peak, MiB | of it before, MiB | energy, Wh | CO2e, g |"
-        lines[1] += " as in Table 6, g |" if step == "training" else ""
-        lines[2] += " --- |" * (6 if step == "training" else 5)
+        heads += [f"{step}, s (least to most)", "peak, MiB", "of it before, MiB", "energy, Wh", "CO2e, g"]
+        heads += ["as in Table 6, g"] if step == "training" else []
     for row in rows:
         cells = [row["network"]]
         for step in kinds:
@@ -335,7 +334,8 @@ def _measured_table(rows: Sequence[dict], results: Mapping[str, Any]) -> list[st
             else:
                 peak = f"{found['peak_mib']:,}" if "peak_mib" in found else ""
                 cells += [found.get("error", ""), peak, *[""] * (4 if step == "training" else 3)]
-        lines.append(f"| {' | '.join(cells)} |")
+        table.append(cells)
+    lines = ["", markdown_table(heads, table)]
     reference = next((row for row in rows if row["network"] == results["reference"]), None)
     if not any("median" in row.get(step, {}) for row in rows for step in kinds):
         return lines
@@ -349,7 +349,7 @@ def _measured_table(rows: Sequence[dict], results: Mapping[str, Any]) -> list[st
     note = "the paper's own in brackets; memory is the peak less what the process held before the network was made:"
     lines += ["", f"Ratios to {results['reference']}, {note}", ""]
     wanted = [(f"{step} {what}", step, key, kept) for step in kinds for what, key, kept in _RATIOS[step]]
-    lines += [f"| network | {' | '.join(label for label, *_ in wanted)} |", "| --- " * (len(wanted) + 1) + "|"]
+    table = []
     for row in rows:
         cells = [row["network"]]
         for _, step, key, kept in wanted:
@@ -357,8 +357,8 @@ def _measured_table(rows: Sequence[dict], results: Mapping[str, Any]) -> list[st
             paper, own = reference["paper"].get(kept), row["paper"].get(kept)
             cell = f"{other / mine:.3f}" if mine and other else ""
             cells.append(cell + (f" ({own / paper:.3f})" if cell and paper and own else ""))
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        table.append(cells)
+    return [*lines, markdown_table(["network", *(label for label, *_ in wanted)], table)]
 
 
 def _number(value: float | None, unit: float = 1.0) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from scripts.output import markdown_table
 from scripts.selective_scan import available_engines, selective_scan_channels_last
 from scripts.tri_orientated_mamba import ToM
 
@@ -255,9 +256,8 @@ def _markdown(results: dict) -> str:
         return f"{row['median'] * 1e3:.3f} ({row['min'] * 1e3:.3f} to {row['max'] * 1e3:.3f})"
 
     lines += ["", "**Selective scan, n 16, raster order**", ""]
-    lines += ["| shape | dtype | engine | forward, ms | forward and backward, ms | peak, MiB | of the nearer ceiling "]
-    lines[-1] += "| forward, both, peak / triton |"
-    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    head = ["shape", "dtype", "engine", "forward, ms", "forward and backward, ms", "peak, MiB", "of the nearer ceiling"]
+    rows = []
     for row in results["scan"]:
         for engine, timed in row["forward"].items():
             share = ""
@@ -267,16 +267,16 @@ def _markdown(results: dict) -> str:
             shape = f"({row['batch']}, {' x '.join(map(str, row['size']))}, {row['d']})"
             both, peak = row["forward and backward"][engine], mib(row["peak bytes"][engine])
             cells = [shape, row["dtype"], engine, milli(timed), milli(both), peak, share]
-            cells.append(_ratios(row, engine, ("forward", "forward and backward")))
-            lines.append(f"| {' | '.join(cells)} |")
+            rows.append([*cells, _ratios(row, engine, ("forward", "forward and backward"))])
+    lines.append(markdown_table([*head, "forward, both, peak / triton"], rows))
     lines += ["", "**ToM, batch 1, autocast**", ""]
     if any("mamba_ssm" in row["forward"] for row in results["tom"]):
         lines.append(
             f"On mamba_ssm: composed of its scan, the convolution of {results['causal convolution']}, and copies."
         )
         lines.append("")
-    lines += ["| layer | engine | forward, ms | training, ms | peak, MiB | forward, training, peak / triton |"]
-    lines += ["| --- | --- | --- | --- | --- | --- |"]
+    head = ["layer", "engine", "forward, ms", "training, ms", "peak, MiB", "forward, training, peak / triton"]
+    rows = []
     for row in results["tom"]:
         for engine, timed in row["forward"].items():
             layer = f"{row['channels']} channels, {' x '.join(map(str, row['size']))}"
@@ -288,20 +288,22 @@ def _markdown(results: dict) -> str:
                 mib(row["peak bytes"][engine]),
                 _ratios(row, engine, ("forward", "training")),
             ]
-            lines.append(f"| {' | '.join(cells)} |")
+            rows.append(cells)
+    lines.append(markdown_table(head, rows))
     for row in results["networks"]:
         own = row["networks"]["SegResMamba (tables)"]
         lines += ["", f"**Networks, {row['size']}^3, 1 to {row['classes']} classes, batch 1, autocast**", ""]
-        lines += ["| network | parameters, M | inference, ms | training step, ms | training peak, MiB "]
-        lines[-1] += "| SegResMamba (tables) / it: inference, training, training peak |"
-        lines += ["| --- | --- | --- | --- | --- | --- |"]
+        head = ["network", "parameters, M", "inference, ms", "training step, ms", "training peak, MiB"]
+        head.append("SegResMamba (tables) / it: inference, training, training peak")
+        rows = []
         for label, other in row["networks"].items():
             shares = [own[key]["median"] / other[key]["median"] for key in ("inference", "training")]
             if other["training peak bytes"]:
                 shares.append(own["training peak bytes"] / other["training peak bytes"])
             cells = [label, f"{other['parameters'] / 1e6:.2f}", milli(other["inference"]), milli(other["training"])]
             cells += [mib(other["training peak bytes"]), ", ".join(f"{share:.3f}" for share in shares)]
-            lines.append(f"| {' | '.join(cells)} |")
+            rows.append(cells)
+        lines.append(markdown_table(head, rows))
     papers = load_papers()["BTCV"]
     ours = papers["segresmamba_tables"]
     for overlay in ("swin_unetr", "segmamba"):

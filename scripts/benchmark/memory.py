@@ -16,6 +16,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from scripts.output import markdown_table
+
 from .apart import run_apart
 from .measuring import describe, machine, write_results
 
@@ -93,9 +95,10 @@ def _markdown(results: dict) -> str:
     shapes = [(point["side"], point["classes"]) for point in next(iter(results["widths"].values()))["points"]]
     head = ["width", *(f"{side}^3, {classes} classes" for side, classes in shapes)]
     head += ["fixed part, MiB", "bytes a voxel", "bytes a voxel and class"]
-    lines += [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    rows = []
     for name, width in results["widths"].items():
         cells = [name, *(f"{point['mib']:,}" for point in width["points"])]
-        cells += [f"{width[key]:,}" for key in ("fixed_mib", "bytes_per_voxel", "bytes_per_voxel_and_class")]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append(
+            cells + [f"{width[key]:,}" for key in ("fixed_mib", "bytes_per_voxel", "bytes_per_voxel_and_class")]
+        )
+    return "\n".join([*lines, markdown_table(head, rows)]) + "\n"

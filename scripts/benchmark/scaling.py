@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from scripts.clear_errors import listed
-from scripts.output import new_figure, save_figure
+from scripts.output import markdown_table, new_figure, save_figure
 
 from .apart import run_apart
 from .measuring import describe, file_name, free_gb, machine, pick_device, write_results
@@ -129,18 +129,17 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
 def _markdown(results: dict) -> str:
     lines = [f"Measured on {describe(results['machine'])}; {results['precision']}, batch 1. Median s, peak MiB.", ""]
     sides = sorted({p["side"] for curve in results["curves"] for p in curve["points"]})
-    cubes = " | ".join(f"{side}^3" for side in sides)
-    lines.append(f"| network | step | {cubes} | exponent of time in voxels | of the last two | of memory | ends |")
-    lines += ["| --- " * (len(sides) + 6) + "|"]
+    head = ["network", "step", *(f"{side}^3" for side in sides)]
+    head += ["exponent of time in voxels", "of the last two", "of memory", "ends"]
+    rows = []
     for curve in sorted(results["curves"], key=lambda c: c["network"]):
         at = {p["side"]: f"{p['seconds']:.3f}, {p['peak_mib']:,}" for p in curve["points"]}
         cells = [curve["network"], curve["step"], *(at.get(side, "") for side in sides)]
         cells += [
             f"{curve[key]:.2f}" if key in curve else "" for key in ("exponent", "last_exponent", "memory_exponent")
         ]
-        cells.append(curve["end"])
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([*cells, curve["end"]])
+    return "\n".join([*lines, markdown_table(head, rows)]) + "\n"
 
 
 def _draw(results: dict, path: Path) -> None:
