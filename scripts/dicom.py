@@ -99,13 +99,21 @@ def check_series(folder: str | os.PathLike) -> None:
     positions = np.array([header.ImagePositionPatient for header in slices], dtype=float)
     if len(np.unique(positions.round(3), axis=0)) < len(slices):
         raise ValueError(f"{folder} holds several volumes of one place (time points, echoes): keep one of them.")
-    steps = np.diff(positions @ np.cross(planes[0, 4:7], planes[0, 7:]))
+    between = np.diff(positions, axis=0)
+    steps = between @ np.cross(planes[0, 4:7], planes[0, 7:])
     usual = np.median(steps)
     if (np.abs(steps - usual) > 0.05 * abs(usual)).any():
         worst = int(np.abs(steps - usual).argmax())
         raise ValueError(
             f"{folder}: slices are missing or out of order, {abs(steps[worst]):.2f} mm lie between numbers "
             f"{slices[worst].InstanceNumber} and {slices[worst + 1].InstanceNumber}, {abs(usual):.2f} mm elsewhere."
+        )
+    aside = np.linalg.norm(between - np.median(between, axis=0), axis=1)  # a gantry's tilt moves all alike
+    if (aside > 0.05 * abs(usual)).any():
+        worst = int(aside.argmax())
+        raise ValueError(
+            f"{folder}: the slices do not lie in one line, number {slices[worst + 1].InstanceNumber} lies "
+            f"{aside[worst]:.2f} mm beside where {slices[worst].InstanceNumber} points."
         )
 
 

@@ -28,6 +28,8 @@ from scripts.output import case_name, whole_file
 
 __all__ = ["DicomSegmentations", "dicom_segmentation"]
 
+_LONGEST_NAME = 64  # of DICOM's value representation LO
+
 
 class DicomSegmentations:
     """
@@ -96,25 +98,30 @@ def dicom_segmentation(label: MetaTensor, series: str | os.PathLike, class_names
         codes; its frames refer to the slices that they lie on.
 
     Raises:
-        ValueError: When the label map is not on the grid of the series, or no class has a name.
+        ValueError: When the label map is not on the grid of the series, no class has a name, or one a name that is too
+            long for DICOM.
     """
     highdicom, _ = optional_import("highdicom")
     codes, _ = optional_import("pydicom.sr.codedict", name="codes")
     names = {value: name for value, name in enumerate(class_names) if value and name}
     if not names:
         raise ValueError("no class has a name: a DICOM segmentation would be empty.")
+    long = next((name for name in names.values() if len(name) > _LONGEST_NAME), None)
+    if long is not None:
+        raise ValueError(f"the class name {long!r} is longer than the {_LONGEST_NAME} characters that DICOM takes.")
     slices = read_series(series)
     for header in slices:
         add_empty(header)
     planes = np.asarray(label)[0].transpose(2, 1, 0)
     if planes.shape != (len(slices), slices[0].Rows, slices[0].Columns):
         raise ValueError(f"the label map's slices, {planes.shape}, are not those of {series}.")
-    numbers = np.zeros(max(len(class_names), int(planes.max()) + 1), np.uint8)  # segments are numbered without a gap
+    kind = np.uint8 if len(names) < 256 else np.uint16
+    numbers = np.zeros(max(len(class_names), int(planes.max()) + 1), kind)  # segments are numbered without a gap
     numbers[list(names)] = np.arange(1, len(names) + 1)
     algorithm = highdicom.AlgorithmIdentificationSequence(
         name="SegResMamba", version=version, family=codes.DCM.ArtificialIntelligence
     )
-    return highdicom.seg.Segmentation(
+    segmentation = highdicom.seg.Segmentation(
         source_images=slices,
         pixel_array=numbers[planes.astype(np.intp)],
         segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
@@ -140,3 +147,6 @@ def dicom_segmentation(label: MetaTensor, series: str | os.PathLike, class_names
         series_description="SegResMamba segmentation",
         content_description="Automatic segmentation, research only",
     )
+    segmentation.decode()  # by the series' character set, which cannot hold every name
+    segmentation.SpecificCharacterSet = "ISO_IR 192"  # UTF-8
+    return segmentation

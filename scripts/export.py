@@ -31,6 +31,7 @@ from monai.bundle import ConfigParser
 from monai.transforms import ResizeWithPadOrCrop
 from monai.utils import ensure_tuple
 
+from scripts.ensemble import Ensemble
 from scripts.preflight import check_keys
 from scripts.segresmamba import SegResMamba
 from scripts.selective_scan import ENGINE_VARIABLE
@@ -58,7 +59,7 @@ def exported_program(
     engine's, whose loops are written for it.
 
     Args:
-        network: SegResMamba, or any other where ``dynamic`` is False; on the CPU.
+        network: SegResMamba, an ensemble of them, or any other where ``dynamic`` is False; on the CPU.
         spatial_size: the patch size (D, H, W), which a fixed size is.
         in_channels: channels of the input.
         dynamic: take any size from :py:func:`smallest_size`; False for ``spatial_size`` alone. The batch is any.
@@ -83,7 +84,7 @@ def exported_program(
 def smallest_size(network: torch.nn.Module) -> int:
     """
     Args:
-        network: SegResMamba.
+        network: SegResMamba, or an ensemble of them.
 
     Returns:
         voxels of an axis from which every level provably has more than one: a single voxel takes another path in the
@@ -92,6 +93,8 @@ def smallest_size(network: torch.nn.Module) -> int:
     Raises:
         ValueError: when it is another network.
     """
+    if isinstance(network, Ensemble):
+        network = network.networks[0]
     if not isinstance(network, SegResMamba):
         raise ValueError(f"only SegResMamba exports with dynamic sizes, not {type(network).__name__}: --dynamic False.")
     return 3 * 2 ** len(network.blocks) - 1
@@ -263,8 +266,8 @@ def export_bundle(
     check_keys(["monai/bundle/__main__.py", "run", f"--config_file={files}", *given])
 
     parser = ConfigParser(ConfigParser.load_config_files(files))
-    parser.update(overrides if checkpoint is None else {**overrides, "checkpoint": checkpoint})
-    network = parser.get_parsed_content("network_def").eval()
+    parser.update({**overrides, "device": "cpu"} | ({} if checkpoint is None else {"checkpoint": checkpoint}))
+    network = parser.get_parsed_content("network").eval()
     weights = parser.get_parsed_content("checkpoint")
     print(check_weights(weights, network, Path(parser.get_parsed_content("bundle_root")) / "large_files.yml"))
     network.load_state_dict(read_weights(weights, "--checkpoint"))

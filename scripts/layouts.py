@@ -105,7 +105,8 @@ def _acdc(folder: Path) -> list[dict]:
     for image in _find(folder, r"patient\d+_frame\d+"):
         name = _stem(image)
         label = _beside(image, f"{name}_gt")
-        group, test = name.split("_")[0], "testing" in image.relative_to(folder).parts
+        # The folder's own name too: it may be that of the test cases. One around it may be called so by chance.
+        group, test = name.split("_")[0], "testing" in (folder.name, *image.relative_to(folder).parts)
         item: dict = {"image": str(image), "case": name, "group": group, "test": test}
         cases.append(item | ({"label": str(label)} if label else {}))
     return cases

@@ -28,6 +28,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from monai.bundle import ConfigParser
+from monai.utils import ensure_tuple_rep
 from torch import nn
 
 from scripts.output import save_figure
@@ -40,7 +41,9 @@ _WIDTH, _HEIGHT = 3.4, 0.9
 
 
 def network_picture(
-    output: str, config_file: str | Sequence[str] = "configs/inference.json", patch_size: Sequence[int] | None = None
+    output: str,
+    config_file: str | Sequence[str] = "configs/inference.json",
+    patch_size: int | Sequence[int] | None = None,
 ) -> None:
     """
     Draw encoder, skips and decoder with the channels and sizes that each part gives for a patch.
@@ -48,7 +51,7 @@ def network_picture(
     Args:
         output: the PNG.
         config_file: config, or a list of config and overlays, whose ``network_def`` is a SegResMamba.
-        patch_size: voxels of the patch; default: the config's.
+        patch_size: voxels of the patch, one number for a cube; default: the config's.
 
     Raises:
         ValueError: When ``network_def`` is another network.
@@ -58,7 +61,7 @@ def network_picture(
     network = parser.get_parsed_content("network_def")
     if not isinstance(network, SegResMamba):
         raise ValueError(f"{config_file}: network_def is a {type(network).__name__}, and only SegResMamba is drawn.")
-    patch = list(patch_size or parser.get_parsed_content("patch_size"))
+    patch = ensure_tuple_rep(patch_size or parser.get_parsed_content("patch_size"), 3)
     save_figure(_draw(network, torch.zeros(1, network.in_channels, *patch)), Path(output))
     print(f"written: {output}")
 

@@ -20,7 +20,8 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -143,7 +144,13 @@ def unknown_among(key: str, config: Any) -> list[str] | None:
     return None
 
 
-def preflight(metadata: str | os.PathLike, device: Any, weights: str | None = None, data: str | None = None) -> None:
+def preflight(
+    metadata: str | os.PathLike,
+    device: Any,
+    weights: str | None = None,
+    data: str | None = None,
+    folders: Mapping[str, str | os.PathLike] | None = None,
+) -> None:
     """
     Log in one piece what a run is about to work with, and warn of versions that the bundle was not tested with.
 
@@ -152,7 +159,20 @@ def preflight(metadata: str | os.PathLike, device: Any, weights: str | None = No
         device: that the network runs on.
         weights: what the check of the weights found.
         data: what the check of the data found.
+        folders: by key of the config, where it is going to write; they are made.
+
+    Raises:
+        PermissionError: When a folder cannot be made or written to.
     """
+    for key, folder in (folders or {}).items():
+        try:
+            os.makedirs(folder, exist_ok=True)
+            with tempfile.TemporaryFile(dir=str(folder)):
+                pass
+        except OSError as error:
+            raise PermissionError(
+                f"nothing can be written to {folder} ({error.strerror}): give another --{key}."
+            ) from error
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     lines = {

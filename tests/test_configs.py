@@ -228,11 +228,14 @@ def test_evaluation_is_on_the_original_grid(trained):
     assert max(seen) > 0
 
 
-def test_two_processes_train_alike(tmp_path, phantom_dir, run_bundle):
+@pytest.mark.parametrize("folds", [2, 6])
+def test_two_processes_train_alike(folds, tmp_path, phantom_dir, run_bundle):
+    """Also with fewer cases to validate on than processes: each takes all then."""
+    settings = {**TINY, "max_epochs": 1, "num_folds": folds, "dataset_dir": phantom_dir}
     result = run_bundle(
         ["train", "multi_gpu_train", "tasks/phantom.yaml"],
         launcher=("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"),
-        **{**TINY, "max_epochs": 1, "dataset_dir": phantom_dir, "ckpt_dir": tmp_path, "output_dir": tmp_path},
+        **{**settings, "ckpt_dir": tmp_path, "output_dir": tmp_path},
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert not any(key.startswith("module.") for key in torch.load(tmp_path / "model.pt", weights_only=True))

@@ -18,6 +18,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from monai.data import MetaTensor
 from monai.transforms import LoadImage, Orientation
 
@@ -116,6 +117,41 @@ def test_a_segmentation_refers_to_the_slices_it_lies_on(kind, backwards, tmp_pat
         np.testing.assert_array_equal(plane, np.where(values > 1300, 2, (values > 0) & (values <= 800)))  # no name: 2
 
 
+@pytest.mark.parametrize("character_set", ["ISO_IR 100", None])
+def test_names_of_any_letters(character_set, tmp_path):
+    """Of classes, and of a patient as the series has it."""
+    for file in write_series(tmp_path / "series", volume(), affine_of("axial")):
+        slice_ = pydicom.dcmread(file)
+        if character_set is None:
+            slice_.pop("SpecificCharacterSet", None)
+        else:
+            slice_.SpecificCharacterSet, slice_.PatientName = character_set, "Müller^Jürgen"
+        slice_.save_as(file)
+    image = LoadImage(image_only=True, ensure_channel_first=True)(tmp_path / "series")
+    names = ["antérieur", "海马"]
+    label = image * 0 + 1
+    dicom_segmentation(label, tmp_path / "series", ["background", *names], "1.2.3").save_as(tmp_path / "seg.dcm")
+    found = highdicom.seg.segread(tmp_path / "seg.dcm")
+    assert [found.get_segment_description(n).segment_label for n in (1, 2)] == names
+    assert character_set is None or found.PatientName == "Müller^Jürgen"
+    with pytest.raises(ValueError, match="longer than the 64 characters"):
+        dicom_segmentation(label, tmp_path / "series", ["background", "x" * 65], "1.2.3")
+
+
+def test_a_segmentation_of_many_classes(tmp_path):
+    write_series(tmp_path / "series", volume(), affine_of("axial"))
+    image = LoadImage(image_only=True, ensure_channel_first=True)(tmp_path / "series")
+    label = MetaTensor(torch.where(image > 500, 299.0, 0.0), affine=image.affine)
+    names = ["background", *map(str, range(1, 300))]
+    segmentation = dicom_segmentation(label, tmp_path / "series", names, "1.2.3")
+    assert {int(number) for number in segmentation.segment_numbers} >= {299}
+    used = {
+        int(frame.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
+        for frame in segmentation.PerFrameFunctionalGroupsSequence
+    }
+    assert used == {299}
+
+
 def test_a_segmentation_of_nothing(tmp_path):
     write_series(tmp_path / "series", volume(), affine_of("axial"))
     image = LoadImage(image_only=True, ensure_channel_first=True)(tmp_path / "series")
@@ -125,6 +161,11 @@ def test_a_segmentation_of_nothing(tmp_path):
         dicom_segmentation(image * 0, tmp_path / "series", ["background"], "1.2.3")
     with pytest.raises(ValueError, match="are not those of"):
         dicom_segmentation(image[:, 1:], tmp_path / "series", ["background", "one"], "1.2.3")
+
+
+def in_plane(slice_: pydicom.Dataset, length: float) -> list[float]:
+    """Along the slice's rows, in patient space."""
+    return [length * float(x) for x in slice_.ImageOrientationPatient[:3]]
 
 
 def spoil(kind: str, folder: Path, files: list[Path]) -> None:
@@ -153,6 +194,10 @@ def spoil(kind: str, folder: Path, files: list[Path]) -> None:
             del changed.PixelSpacing
         elif kind == "no position":
             changed.ImagePositionPatient = None
+        elif kind == "moved":
+            changed.ImagePositionPatient = [
+                x + y for x, y in zip(changed.ImagePositionPatient, in_plane(changed, 40.0))
+            ]
         elif kind == "two volumes":
             changed.ImagePositionPatient = pydicom.dcmread(files[4]).ImagePositionPatient
         changed.save_as(files[3])
@@ -173,6 +218,7 @@ def spoil(kind: str, folder: Path, files: list[Path]) -> None:
         ("empty number", "has no InstanceNumber"),
         ("no position", "has no ImagePositionPatient"),
         ("two volumes", "several volumes of one place"),
+        ("moved", r"do not lie in one line, number 4 lies 40\.00 mm beside"),
     ],
 )
 def test_faults_of_a_series_are_named(kind, message, tmp_path):
@@ -182,6 +228,14 @@ def test_faults_of_a_series_are_named(kind, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         image_list(tmp_path / "series")
     assert str(tmp_path / "series") in str(error.value)
+
+
+def test_a_tilted_gantry_is_no_fault(tmp_path):
+    for k, file in enumerate(write_series(tmp_path / "series", volume(), affine_of("axial"))):
+        slice_ = pydicom.dcmread(file)
+        slice_.ImagePositionPatient = [x + k * y for x, y in zip(slice_.ImagePositionPatient, in_plane(slice_, 1.0))]
+        slice_.save_as(file)
+    check_series(tmp_path / "series")
 
 
 def test_orientations_may_be_rounded(tmp_path):

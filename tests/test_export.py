@@ -24,6 +24,7 @@ import pytest
 import torch
 
 from scripts import export as command
+from scripts.ensemble import join_weights
 from scripts.export import FORMATS, TOLERANCE, exported_program
 from scripts.segresmamba import SegResMamba
 from scripts.selective_scan.chunked import scan
@@ -120,6 +121,29 @@ def test_a_file_runs_without_the_repository(tmp_path, network, checkpoint, kind,
     assert said.count("largest difference of a logit") == 3 and " MB, patch (16, 24, 20) in " in said
     assert os.listdir(tmp_path) == [file.name]  # nothing half-written
     check_elsewhere(kind, file, network, SHAPES)
+
+
+def test_an_ensemble(tmp_path, monkeypatch):
+    """Its file gives the mean of the networks' logits."""
+    small = {"channels": [8, 8], "depths": [0, 0], "full_resolution_skip": 8}
+    networks = [SegResMamba(in_channels=1, out_channels=3, stage_conv=False, **small).eval() for _ in range(2)]
+    for k, network in enumerate(networks):
+        torch.save(network.state_dict(), tmp_path / f"{k}.pt")
+    join_weights([tmp_path / "0.pt", tmp_path / "1.pt"], tmp_path / "both.pt")
+    monkeypatch.chdir(BUNDLE_ROOT)
+    command.export_bundle(
+        str(tmp_path / "both.pt2"),
+        config_file=["configs/inference.json", "configs/options/ensemble.yaml"],
+        checkpoint=str(tmp_path / "both.pt"),
+        dynamic=False,
+        **{**small, "num_networks": 2, "patch_size": [12, 10, 8]},
+    )
+    volume = torch.randn(1, 1, 12, 10, 8)
+    with torch.no_grad():
+        made = torch.export.load(tmp_path / "both.pt2").module()(volume)
+        first, second = (network(volume) for network in networks)
+    assert (first - second).abs().max() > 0.01
+    torch.testing.assert_close(made, (first + second) / 2, rtol=0, atol=TOLERANCE)
 
 
 def test_torchscript_by_ckpt_export(tmp_path, network, checkpoint):

@@ -35,6 +35,12 @@ def test_a_row_for_each_level(overlay, rows, tmp_path):
     assert len(boxes) == rows
 
 
+def test_a_cube(tmp_path):
+    network_picture(str(tmp_path / "network.png"), patch_size=32)
+    network_picture(str(tmp_path / "same.png"), patch_size=[32, 32, 32])
+    assert (tmp_path / "network.png").read_bytes() == (tmp_path / "same.png").read_bytes()
+
+
 def test_other_networks_are_refused(tmp_path):
     with pytest.raises(ValueError, match="only SegResMamba is drawn"):
         network_picture(str(tmp_path / "network.png"), ["configs/inference.json", "configs/networks/unet.yaml"])

@@ -123,5 +123,15 @@ def test_versions(tmp_path, caplog):
     assert [record.levelname for record in others] == ["WARNING"] * 4
 
 
+def test_folders_that_cannot_be_written_to(tmp_path, phantom_dir, run_bundle):
+    (tmp_path / "file").touch()
+    places = {"dataset_dir": phantom_dir, "output_dir": tmp_path, "ckpt_dir": tmp_path / "file" / "models"}
+    result = run_bundle(["train", "tasks/phantom.yaml"], **places, check_data=False)
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert f"Error: nothing can be written to {tmp_path}/file/models (Not a directory): give another --ckpt_dir." in (
+        result.stderr
+    )
+
+
 def test_this_environment_is_one_that_was_tested(bundle_root):
     assert version_differences(bundle_root / "configs" / "metadata.json") == []

@@ -128,6 +128,10 @@ def test_metadata_of_every_task(task):
     assert meta["data_source"] != "not stated" and (task.stem == "phantom" or image["modality"] in ("CT", "MR"))
     assert meta["data_license"] == own.get("data_license", "not stated")
     assert "Limits" not in meta["intended_use"]  # which are those of the hippocampus weights
+    papers = [text for text in meta["references"] if "Mamba" not in text]  # of the data
+    assert len(papers) == (task.stem != "phantom") and all(
+        ("Decathlon" in text) == ("Decathlon" in meta["data_source"]) for text in papers
+    )
     if task.stem == "brats21":  # regions out, label values as the data set has them
         assert list(pred["channel_def"].values()) == ["tumour core", "whole tumour", "enhancing tumour"]
         assert meta["label_classes"].endswith("0 background, 1 necrotic core, 2 oedema, 4 enhancing tumour")
@@ -288,7 +292,34 @@ def test_scores_and_card_go_with_the_weights_they_are_of(tmp_path):
         for page, above in ((card, "segresmamba/docs"), (hub, "segresmamba")):
             links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page)
             assert all(os.path.normpath(f"{above}/{link}") in names for link in links), links
+            files = re.findall(r"configs/\w+(?:/\w+)?\.(?:json|yaml)", page)
+            assert files and all(f"segresmamba/{file}" in names for file in files)
             assert not scored or any(link.endswith(".png") for link in links)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_task_is_not_told_of_the_hippocampus(trained, tmp_path, phantom_dir):
+    """Whose weights the repository brings."""
+    task = "configs/tasks/btcv.yaml"
+    settings = {"channels": [8, 16], "depths": [0, 0], "full_resolution_skip": 0}
+    weights = tmp_path / "model.pt"
+    if trained:
+        pairs, _ = read_overlays([str(BUNDLE_ROOT / task)], settings)
+        _, network = describe(standalone_configs(CONFIGS, pairs)["inference.json"])
+        torch.save(network.state_dict(), weights)
+    release(
+        task=str(BUNDLE_ROOT / task),
+        overrides=settings,
+        checkpoint=str(weights) if trained else None,
+        output_dir=str(tmp_path / "dist"),
+    )
+    (file,) = (tmp_path / "dist").glob("*.zip")
+    with zipfile.ZipFile(file) as archive:
+        meta, licence = (
+            archive.read(f"segresmamba/{name}").decode() for name in ("configs/metadata.json", "docs/data_license.txt")
+        )
+    assert "hippocampus" not in meta.lower() + licence.lower() and "Decathlon" not in meta
+    assert "BTCV" in licence and ("It brings no weights" in licence) != trained
 
 
 def test_a_misspelt_option_writes_nothing(tmp_path, monkeypatch):

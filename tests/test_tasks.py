@@ -23,7 +23,7 @@ import torch
 
 from scripts.datafolder import image_list
 from scripts.datalist import load_datalist
-from scripts.layouts import layout_cases
+from scripts.layouts import NoCasesError, layout_cases
 from tests.conftest import BUNDLE_ROOT, TINY
 from tests.lookalikes import TASK_TREES, make_tree
 
@@ -78,6 +78,9 @@ def test_acdc_keeps_the_frames_of_a_patient_in_one_fold(trees):
         )
         assert len(train) == 4 and len(val) == 2 and len({case["group"] for case in val}) == 1
         assert {case["group"] for case in val}.isdisjoint(case["group"] for case in train)
+    assert layout_cases(trees["acdc"] / "testing", "acdc", labelled=False) == test
+    with pytest.raises(NoCasesError):  # they are not to be trained on
+        layout_cases(trees["acdc"] / "testing", "acdc")
 
 
 def test_test_cases_are_in_no_fold(trees):

@@ -117,8 +117,11 @@ def release(
     content = _tracked_files()
     if overlays:  # what is there is of the plain configs
         content["large_files.yml"] = _large_files([])
-        content["docs/data_license.txt"] = _data_license(metadata, own)
-        metadata["changelog"] = {metadata["version"]: metadata["changelog"][metadata["version"]]}
+        content["docs/data_license.txt"] = _data_license(metadata, own, trained=checkpoint is not None)
+        news = f"{metadata['name']}, of the SegResMamba bundle {metadata['version']}"
+        metadata["changelog"] = {metadata["version"]: changelog or news}
+    else:
+        content |= _tracked_files(["configs/tasks/*.yaml"])
     sums = {}
     if checkpoint is not None:
         check_weights(checkpoint, network)
@@ -190,22 +193,25 @@ def _tracked_files(patterns: Sequence[str] = _PATTERNS) -> dict[str, bytes]:
 
 
 def _with_links_to(page: str, held: Set[str]) -> str:
-    """A page of docs/ with the links to files that are held; of others the text stays."""
+    """A page of docs/ with the links to files that are held; of others the text stays, and where they are."""
 
     def link(found: re.Match[str]) -> str:
         file = posixpath.normpath(f"docs/{found[2]}")
-        # README.md of a release is the card, which has not the repository's headings.
-        return found[0] if file in held and not (found[3] and file == "README.md") else found[1]
+        if file == "README.md":  # of a release it is the card, which does not say what the repository's says
+            return found[1]
+        return found[0] if file in held else f"{found[1]} (in the project's repository)"
 
     return re.sub(r"\[([^\]]*)\]\((?!https?:|#)([^)#]+)(#[^)]*)?\)", link, page)
 
 
-def _data_license(metadata: Mapping[str, Any], own: Mapping[str, Any]) -> bytes:
+def _data_license(metadata: Mapping[str, Any], own: Mapping[str, Any], trained: bool) -> bytes:
     terms = own.get("data_license", "not stated here: ask those who hand the data out.")
+    what = "Its weights were trained on" if trained else "It brings no weights; its configs are for training on"
     return (
-        "The bundle holds no data. Weights in it or beside it were trained on\n\n"
+        f"The bundle holds no data. {what}\n\n"
         f"{metadata['data_source']}\n    Licence: {terms}\n\n"
-        "Whoever passes the weights on should heed this licence. The code is under Apache-2.0, see LICENSE.\n"
+        f"Whoever passes {'the' if trained else 'such'} weights on should heed this licence. The code is under "
+        "Apache-2.0, see LICENSE.\n"
     ).encode()
 
 

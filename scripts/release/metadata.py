@@ -212,7 +212,8 @@ def release_metadata(
             "label map of one channel",
         }
     made |= {key: value for key, value in own.items() if key not in ("title", "modality", "channel_names")}
-    made["references"] = list(dict.fromkeys([*metadata["references"], *own.get("references", [])]))
+    of_method = [text for text in metadata["references"] if plain or "Decathlon" not in text]  # the plain configs' data
+    made["references"] = list(dict.fromkeys([*of_method, *own.get("references", [])]))
     if found or not plain:
         made["eval_metrics"] = dict(found)
     made["network_data_format"] = {
