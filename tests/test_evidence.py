@@ -29,7 +29,7 @@ from tests.test_datalist import HIPPOCAMPUS, needs_hippocampus
 
 EVIDENCE = BUNDLE_ROOT / "docs" / "evidence"
 RESULTS = sorted(EVIDENCE.glob("*/*-fold*-seed*.json"))
-_WITHOUT_SKIP = ("without_skip_without_tom", "without_skip")
+_WITHOUT_SKIP = ("without_skip_without_tom", "without_skip", "without_skip_without_tom_equal_time")
 REPORTS = {  # results, reference, arms
     "screening_report": (["screening"], "base", ()),
     "monai_networks_report": (
@@ -265,13 +265,29 @@ def test_what_is_said_of_the_screening():
     assert min(difference, key=lambda arm: difference[arm][0]) == "without_skip"  # worth most
     assert -difference["without_skip"][0] > max(value for value, _ in difference.values())
     assert f"Dice is {-difference['without_skip'][0]:.3f} lower in the screening" in page_text()
-    least = max(abs(difference[arm][0]) for arm in ("residual", "eight_orders", "ema", "deep_supervision"))
+    del difference["without_skip_without_tom_equal_time"]
+    least, more = (
+        max(abs(difference[arm][0]) for arm in arms)
+        for arms in (
+            ("residual", "eight_orders", "ema", "deep_supervision"),
+            ("warm_up", "dice_loss", "skip_of_8"),
+        )
+    )
     hints = [difference[arm] for arm in ("batch_1", "learning_rate_3e-3", "wide", "tables_variant")]
-    assert f"changed Dice by at most {least:.4f}, a warm-up by {abs(difference['warm_up'][0]):.4f}" in page_text()
-    assert abs(difference["warm_up"][0]) < difference["warm_up"][1]
+    assert f"changed Dice by at most {least:.4f}, a warm-up, " in page_text()
+    assert f"a path of 8 channels in place of 16 by at most {more:.4f}." in page_text()
     gains = [f"{gain:.3f}" for gain, _ in sorted(hints)]
-    assert f"gained {gains[0]} to {gains[-1]}. Seeds alone can make all of these" in page_text()
-    assert all(gain < chance for gain, chance in hints)
+    lost = f"strong augmentation lost {-difference['strong_augmentation'][0]:.3f}"
+    assert f"gained {gains[0]} to {gains[-1]}, {lost}. Seeds alone can make all of these" in page_text()
+    single = ("warm_up", "dice_loss", "skip_of_8", "strong_augmentation")
+    assert all(abs(gain) < chance for gain, chance in [*hints, *(difference[arm] for arm in single)])
+    lower, chance = difference["spacing_0.8"]
+    assert f"Dice is {-lower:.3f} lower, more than seeds alone make, and surface Dice the same" in page_text()
+    surface = [float(row("screening_report", arm, table=2)[2][:6]) for arm in ("base", "spacing_0.8")]
+    assert -lower > chance and abs(surface[0] - surface[1]) < 0.001
+    table = (EVIDENCE.parent / "evidence.md").read_text().partition("## Defaults, and why")[2].partition("\n## ")[0]
+    assert f"0.8 mm lost {-lower:.3f} |" in table and f"; 8 lost {-difference['skip_of_8'][0]:.4f} and 32" in table
+    assert f"Dice loss alone gained {difference['dice_loss'][0]:.4f}, which seeds alone can make" in table
 
 
 def test_dynunet():
@@ -340,14 +356,19 @@ def test_tom(tmp_path):
 
 
 def test_tom_without_the_path_at_full_resolution():
-    without, with_tom = ([reached(read("screening", arm, 0, seed)) for seed in range(3)] for arm in _WITHOUT_SKIP)
-    means = [statistics.mean(values) for values in (with_tom, without)]
+    """At as many steps, and in equal time."""
+    without, with_tom, longer = (
+        [reached(read("screening", arm, 0, seed)) for seed in range(3)] for arm in _WITHOUT_SKIP
+    )
+    means = [statistics.mean(values) for values in (with_tom, without, longer)]
+    p, p_equal = (ttest_ind(with_tom, other).pvalue for other in (without, longer))
     text = page_text()
-    p = ttest_ind(with_tom, without).pvalue
     assert (
         f"{means[0]:.4f} with it, {means[1]:.4f} without (three seeds of twelve epochs on fold 0; t-test over the "
         f"seeds, p = {p:.2f})" in text
     )
+    epochs = read("screening", _WITHOUT_SKIP[2])["overrides"]["max_epochs"]
+    assert f"in equal time, {epochs} epochs, {means[2]:.4f} without it (p = {p_equal:.2f})" in text
 
 
 def test_what_was_not_run_is_named():
@@ -382,9 +403,10 @@ def test_what_is_said_in_short():
     costs = json.loads((EVIDENCE / "efficiency-hippocampus-float32.json").read_text())["rows"]
     step = {cost["network"]: cost["training"]["median"] for cost in costs if cost["setup"] == "Hippocampus, wide"}
     ours = step["segresmamba_text"]
+    as_trained = dynunet_as_trained()
     assert (
         f"MONAI's SegResNet reaches {others[3]} over the same five folds in {step['segresnet'] / ours:.2f} of the time "
-        f"of a step, its DynUNet {others[4]} in {step['dynunet'] / ours:.1f} times the time" in readme
+        f"of a step, its DynUNet {others[4]} in {as_trained:.1f} times the time" in readme
     )
     without = row("confirmation_report", "without_tom"), row("confirmation_report", "without_tom", table=1)
     card = " ".join((BUNDLE_ROOT / "docs" / "README.md").read_text().split())
@@ -417,6 +439,13 @@ def test_the_end_of_the_learning_curves():
     assert f"by {values[0]} for SegResMamba, {values[1]} for SegResNet and {values[2]} for DynUNet" in page_text()
 
 
+def dynunet_as_trained():
+    """Time of its step, in channels-last, over SegResMamba's."""
+    ours, other = json.loads((EVIDENCE / "efficiency-hippocampus-dynunet.json").read_text())["rows"]
+    assert (ours["network"], other["network"]) == ("segresmamba_text", "dynunet")
+    return other["training"]["median"] / ours["training"]["median"]
+
+
 def test_the_costs_in_the_text_are_those_measured():
     text = (BUNDLE_ROOT / "docs" / "evidence.md").read_text()
     ratios, ours = {}, {}
@@ -438,7 +467,9 @@ def test_the_costs_in_the_text_are_those_measured():
     assert text.count(f"{28 / 40 / wide_float32[0]:.2f} of equal time") == 2  # in short, and where it is measured
     papers = ratios["efficiency-hippocampus", "Hippocampus, without the full-resolution skip"]
     assert f"Without it a step takes {papers[0]:.2f} of the time there" in text
-    assert f"Its step takes {wide_float32[2]:.2f} times as long" in text
+    as_trained = f"{dynunet_as_trained():.2f} times"
+    assert f"Its step takes {as_trained} as long in the memory layout that it was trained in, " in text
+    assert f", {wide_float32[2]:.2f} times in the usual one" in text and f"{as_trained} SegResMamba's step" in text
     assert text.count(f"{ours['Hippocampus, stem of stride 1'] / ours['Hippocampus']:.1f} times the time") == 2
     assert f"the 28 epochs take {28 / 40 / wide_float32[1]:.2f} of equal time" in text
     card = " ".join((BUNDLE_ROOT / "docs" / "README.md").read_text().split())
