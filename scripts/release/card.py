@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from scripts.output import markdown_table
 from scripts.release.metadata import Described
 
 __all__ = ["front_matter", "model_card"]
@@ -165,10 +166,8 @@ def _performance(summary: Mapping[str, Any] | None) -> str:
     if summary is None:
         return "No evaluation came with this release."
     metrics = [metric for metric in summary if metric != "cases"]
-    rows = [["class", *metrics], ["---"] * (len(metrics) + 1)]
-    for label in summary[metrics[0]]:
-        rows.append([label, *(_cell(summary[metric][label]) for metric in metrics)])
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    rows = [[label, *(_cell(summary[metric][label]) for metric in metrics)] for label in summary[metrics[0]]]
+    table = markdown_table(["class", *metrics], rows)
     return (
         f"{summary['cases']} cases, mean ± standard deviation (95 % confidence interval of the mean), distances in mm; "
         f"`docs/evaluation.md` defines the metrics.\n\n{table}"
