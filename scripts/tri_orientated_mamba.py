@@ -112,9 +112,9 @@ class ToM(nn.Module):
             volume of the same shape and memory format.
         """
         spatial_shape = x.shape[2:]
-        tokens = self.norm(x.flatten(2).transpose(1, 2))  # b c d h w -> b (d h w) c
         y = oriented_mixer(
-            self.in_proj(tokens),
+            self.norm(x.flatten(2).transpose(1, 2)),  # b c d h w -> b (d h w) c
+            self.in_proj.weight,
             self.conv_weight,
             self.conv_bias,
             self.x_proj_weight,

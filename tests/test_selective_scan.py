@@ -855,10 +855,11 @@ class TestMambaSSM:
 
 
 def mixer_arguments(d: int = 32, size: tuple[int, int, int] = (3, 5, 7), batch: int = 2) -> dict:
-    """Arguments of ``oriented_mixer`` for three orders, d_state 5, dt_rank 2 and 4 taps."""
+    """Arguments of ``oriented_mixer`` for three orders, d / 2 channels, d_state 5, dt_rank 2 and 4 taps."""
     g = torch.Generator().manual_seed(4)
     shapes = {
-        "xz": (batch, size[0] * size[1] * size[2], 2 * d),
+        "tokens": (batch, size[0] * size[1] * size[2], d // 2),
+        "in_proj_weight": (2 * d, d // 2),
         "conv_weight": (3, d, 4),
         "conv_bias": (3, d),
         "x_proj_weight": (3, 12, d),
@@ -885,7 +886,7 @@ def run_mixer(tensors: dict, engine: str, size: tuple[int, int, int] = (3, 5, 7)
 def test_mixer_takes_parameters_that_are_not_contiguous(engine):
     size = (2, 4, 3)
     tensors = mixer_arguments(size=size)
-    strided = {k: torch.stack([t, t + 9], dim=-1)[..., 0] if k != "xz" else t for k, t in tensors.items()}
+    strided = {k: torch.stack([t, t + 9], dim=-1)[..., 0] if k != "tokens" else t for k, t in tensors.items()}
     assert not strided["conv_bias"].is_contiguous()
     options = {"orders": ("forward", "reverse", "hwd"), "spatial_shape": size, "engine": engine}
     torch.testing.assert_close(oriented_mixer(**strided, **options), oriented_mixer(**tensors, **options))

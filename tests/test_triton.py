@@ -47,7 +47,7 @@ from triton.compiler import ASTSource, make_backend
 from scripts.selective_scan import triton_mixer, triton_mixer_kernels, triton_scan, triton_scan_kernels
 
 FLOAT = "weight bias A2 D sums starts gradients pieces dB dC dD dweight dbias".split()
-WHOLE = "batch dy_rows R K L d g n chunks parts blocks taps elements columns b_columns c_columns".split()
+WHOLE = "batch dy_rows R K L d g n chunks parts blocks taps elements b_columns c_columns".split()
 ONES = "batch R K L g n chunks parts blocks dy_rows taps elements".split()
 FLAGS = "SOFTPLUS GATED ORDERED WIDE ADD BACK".split()
 CONSTANTS = {"N": 16, "taps": 4, "COUNT": 2, "n": 16, "b_columns": 40, "c_columns": 40}
@@ -65,8 +65,7 @@ def source(name, dtype, flags):
             if name == "scan_gradients":
                 tile = {"T": triton_scan._chunk(96), "W": triton_scan._CHANNELS, "P": triton_scan._PIECE}
             elif walks:
-                ahead = 1 if name == "scan_apply" or flags["ORDERED"] else triton_scan._AHEAD
-                tile = {"T": triton_scan._chunk(96), "W": triton_scan._LANES, "P": ahead}
+                tile = {"T": triton_scan._chunk(96), "W": triton_scan._LANES, "P": triton_scan._AHEAD}
                 if dtype == "fp16" and name in ("chunk_ends", "scan_apply"):  # as of large volumes
                     tile |= {"b_columns": 16, "c_columns": 16}
             elif name in triton_scan_kernels.__all__:
@@ -285,12 +284,20 @@ class TestWithoutAGPU:
         """In bytes a token, but for the orders' indices, which all layers of a size share."""
         monkeypatch.setattr(engine.mixer, "_TOGETHER", together)
         layer, (d, K, n) = ToM(8, scan_engine="triton").to(DEVICE), (16, 3, 16)
-        parameters = [layer.conv_weight, layer.conv_bias, layer.x_proj_weight, layer.dt_proj_weight, layer.dt_proj_bias]
+        parameters = [
+            layer.in_proj.weight,
+            layer.conv_weight,
+            layer.conv_bias,
+            layer.x_proj_weight,
+            layer.dt_proj_weight,
+            layer.dt_proj_bias,
+        ]
 
         def kept(size: tuple[int, int, int]) -> int:
-            tensors, xz = {}, torch.randn(1, size[0] * size[1] * size[2], 2 * d, device=DEVICE, requires_grad=True)
+            tensors, tokens = {}, torch.randn(1, size[0] * size[1] * size[2], 8, device=DEVICE, requires_grad=True)
             with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.setdefault(t.data_ptr(), t), lambda t: t):
-                oriented_mixer(xz, *parameters, -layer.A_log.exp(), layer.D, layer.orders, size, engine="triton")
+                oriented_mixer(tokens, *parameters, -layer.A_log.exp(), layer.D, layer.orders, size, engine="triton")
+            tensors.pop(tokens.data_ptr())
             return sum(t.numel() * t.element_size() for t in tensors.values() if t.is_floating_point())
 
         assert kept((2, 4, 4)) - kept((1, 4, 4)) == 16 * 4 * (2 * d + d) + 4 * K * n * d  # one chunk more
@@ -374,7 +381,7 @@ class TestCompilers:
         torch.testing.assert_close(program.module()(self.volume()), layer(self.volume()))
 
     def test_operators_keep_the_rules_of_torch_library(self):
-        from scripts.selective_scan.triton_mixer import mixer_operator
+        from scripts.selective_scan.triton_mixer import gate_operator, mixer_operator
         from scripts.selective_scan.triton_scan import scan_operator
 
         def draw(*shape: int) -> torch.Tensor:
@@ -391,9 +398,10 @@ class TestCompilers:
         torch.library.opcheck(scan_operator, (*tensors, True, index))
         tensors[6] = None
         torch.library.opcheck(scan_operator, (*tensors, False, None))
-        tensors = wants_gradient(draw(2, L, 2 * d), draw(1, 4, d), draw(1, d), draw(1, rank + 2 * n, d))
+        tensors = wants_gradient(draw(2, L, d), draw(1, 4, d), draw(1, d), draw(1, rank + 2 * n, d))
         tensors += wants_gradient(draw(1, d, rank), draw(1, d), -draw(1, d, n).abs(), draw(1, d))
         torch.library.opcheck(mixer_operator, (*tensors, index, inverse))
+        torch.library.opcheck(gate_operator, tuple(wants_gradient(draw(2, L, d), draw(2, L, d))))
 
 
 def poison(bytes_: int = 2**30) -> None:

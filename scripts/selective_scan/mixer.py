@@ -23,7 +23,8 @@ __all__ = ["oriented_mixer"]
 
 
 def oriented_mixer(
-    xz: torch.Tensor,
+    tokens: torch.Tensor,
+    in_proj_weight: torch.Tensor,
     conv_weight: torch.Tensor,
     conv_bias: torch.Tensor,
     x_proj_weight: torch.Tensor,
@@ -36,12 +37,14 @@ def oriented_mixer(
     engine: str = "auto",
 ) -> torch.Tensor:
     """
-    What a Mamba-1 mixer does between ``in_proj`` and ``out_proj``, along K scan orders of one volume, summed and gated
-    once (SegResMamba section 2.1, ``ToM = Mamba(z_f) + Mamba(z_r) + Mamba(z_s)``). For each order: causal depthwise
-    convolution along it, SiLU, ``x_proj`` to (dt, B, C), selective scan with ``softplus(dt_proj(dt))``, ``+ D u``.
+    What a Mamba-1 mixer does before ``out_proj``, along K scan orders of one volume, summed and gated once (SegResMamba
+    section 2.1, ``ToM = Mamba(z_f) + Mamba(z_r) + Mamba(z_s)``): ``in_proj`` to (x, z), which the orders share; for
+    each order causal depthwise convolution of x along it, SiLU, ``x_proj`` to (dt, B, C), selective scan with
+    ``softplus(dt_proj(dt))``, ``+ D u``.
 
     Args:
-        xz: tokens in raster order (batch, L, 2 d): input and gate.
+        tokens: in raster order (batch, L, c).
+        in_proj_weight: (2 d, c): of the input x, then of the gate z.
         conv_weight: (K, d, taps).
         conv_bias: (K, d).
         x_proj_weight: (K, dt_rank + 2 n, d).
@@ -60,22 +63,23 @@ def oriented_mixer(
         ValueError: when shapes do not fit or an order or engine is unknown.
         RuntimeError: when the engine is not available here.
     """
-    if xz.shape[-1] != 2 * conv_weight.shape[1] or conv_weight.shape[0] != len(orders):
+    if in_proj_weight.shape != (2 * conv_weight.shape[1], tokens.shape[-1]) or conv_weight.shape[0] != len(orders):
         raise ValueError(
-            f"xz must be (batch, L, 2 d) and the parameters (K = {len(orders)} orders, d, ...), got "
-            f"{tuple(xz.shape)} and {tuple(conv_weight.shape)}."
+            f"tokens must be (batch, L, c), in_proj_weight (2 d, c) and the parameters (K = {len(orders)} orders, d, "
+            f"...), got {tuple(tokens.shape)}, {tuple(in_proj_weight.shape)} and {tuple(conv_weight.shape)}."
         )
-    if 0 in (*xz.shape, conv_weight.shape[2], dt_proj_weight.shape[2], A.shape[2]):
+    if 0 in (*tokens.shape, *conv_weight.shape, dt_proj_weight.shape[2], A.shape[2]):
         raise ValueError(
-            f"nothing to scan: xz {tuple(xz.shape)}, taps {conv_weight.shape[2]}, dt_rank {dt_proj_weight.shape[2]}, "
-            f"n {A.shape[2]}; none may be empty, nor 0."
+            f"nothing to scan: tokens {tuple(tokens.shape)}, d {conv_weight.shape[1]}, taps {conv_weight.shape[2]}, "
+            f"dt_rank {dt_proj_weight.shape[2]}, n {A.shape[2]}; none may be empty, nor 0."
         )
-    indices = [index_for(order, spatial_shape, xz.shape[1], xz.device) for order in orders]
-    module = resolve_engine(engine, xz.device, torch.promote_types(xz.dtype, A.dtype))
+    indices = [index_for(order, spatial_shape, tokens.shape[1], tokens.device) for order in orders]
+    module = resolve_engine(engine, tokens.device, torch.promote_types(tokens.dtype, A.dtype))
     if hasattr(module, "mixer") and conv_weight.shape[1] % module.MIXER_MULTIPLE == 0:
-        return module.mixer(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, indices)
+        parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D)
+        return module.mixer(tokens, in_proj_weight, *parameters, indices)
 
-    x, z = xz.chunk(2, dim=-1)
+    x, z = F.linear(tokens, in_proj_weight).chunk(2, dim=-1)
     dt_rank, n = dt_proj_weight.shape[2], A.shape[2]
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         y = _in_one_scan(

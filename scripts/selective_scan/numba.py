@@ -54,7 +54,8 @@ def scan(
 
 
 def mixer(
-    xz: torch.Tensor,
+    tokens: torch.Tensor,
+    in_proj_weight: torch.Tensor,
     conv_weight: torch.Tensor,
     conv_bias: torch.Tensor,
     x_proj_weight: torch.Tensor,
@@ -68,9 +69,11 @@ def mixer(
     :py:func:`scripts.selective_scan.oriented_mixer` fused for the CPU: convolution and SiLU in one pass over the
     tokens, dt_proj, softplus and ``D u`` inside the scan, the orders side by side, their sum and the gate in one pass.
 
-    Autograd keeps, in bytes a token beside the parameters: 4 * (2 d for xz + d for the sum + K (dt_rank + 2 n) for
-    dt, B and C + K n d / 64 for the chunks' first states); the convolution and the scan are recomputed.
+    Autograd keeps, in bytes a token beside the tokens and the parameters: 4 * (2 d for x and z + d for the sum + K
+    (dt_rank + 2 n) for dt, B and C + K n d / 64 for the chunks' first states); the convolution and the scan are
+    recomputed.
     """
+    xz = F.linear(tokens, in_proj_weight)
     dtype = xz.dtype
     tensors = (xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D)
     with torch.autocast("cpu", enabled=False):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from .orders import order_steps
-from .triton_mixer import mixer_operator
+from .triton_mixer import gate_operator, mixer_operator
 from .triton_scan import scan_operator
 
 __all__ = ["MIXER_MULTIPLE", "mixer", "scan"]
@@ -55,7 +55,8 @@ def scan(
 
 
 def mixer(
-    xz: torch.Tensor,
+    tokens: torch.Tensor,
+    in_proj_weight: torch.Tensor,
     conv_weight: torch.Tensor,
     conv_bias: torch.Tensor,
     x_proj_weight: torch.Tensor,
@@ -67,17 +68,22 @@ def mixer(
 ) -> torch.Tensor:
     """
     :py:func:`scripts.selective_scan.oriented_mixer` fused for CUDA. The orders share each launch: convolution and SiLU,
-    the three passes of the scan, the sum and the gate; the projections between are PyTorch's. Of large volumes one
-    order is taken after the other, which takes less memory.
+    and the three passes of the scan; the projections between, and the sum, are PyTorch's. Of large volumes one order is
+    taken after the other, which takes less memory.
 
-    Autograd keeps, in bytes a token beside the parameters, with e bytes an element of ``xz``: e * (2 d for xz + d for
-    the sum) + K n d / 32 for the chunks' first states (for up to 128 channels, twice as much for up to 256, then eight
-    times). The convolution, the projections and the scan are recomputed. Order by order, the gradient of ``xz`` is
-    rounded to its dtype after each order.
+    Autograd keeps, in bytes a token beside the tokens and the parameters, with e bytes an element of x: e * (2 d for x
+    and z + d for the sum) + K n d / 32 for the chunks' first states (for up to 128 channels, twice as much for up to
+    256, then eight times). The convolution, the projections and the scan are recomputed. The gate is made after the
+    scan, so that its backward, which comes first, lets z and the sum go. Order by order, the gradient of x is rounded
+    to its dtype after each order.
     """
+    if torch.is_autocast_enabled(tokens.device.type):  # once for both halves of in_proj
+        tokens = tokens.to(torch.get_autocast_dtype(tokens.device.type))
+    x_weight, z_weight = in_proj_weight.chunk(2)
+    x = F.linear(tokens, x_weight)
     index = inverse = None  # all orders are the raster's
     if any(i is not None for i in indices):
-        index, inverse = order_steps(indices, xz.shape[1], xz.device)
+        index, inverse = order_steps(indices, x.shape[1], x.device)
     weight = conv_weight.float().transpose(1, 2).contiguous()
     # B and C before dt, and rows of a multiple of 8: so they are loaded, and multiplied, in pieces of 16 bytes.
     rank = dt_proj_weight.shape[2]
@@ -85,10 +91,11 @@ def mixer(
     more = -x_proj_weight.shape[1] % 8
     x_proj_weight = F.pad(x_proj_weight, (0, 0, 0, more))
     dt_proj_weight = F.pad(dt_proj_weight, (0, more))
-    matrices = (x_proj_weight.to(xz.dtype), dt_proj_weight.to(xz.dtype))
+    matrices = (x_proj_weight.to(x.dtype), dt_proj_weight.to(x.dtype))
     vectors = (dt_proj_bias.float(), A.float(), D.float())
     conv_bias = conv_bias.float().contiguous()
-    return mixer_operator(xz.contiguous(), weight, conv_bias, *matrices, *vectors, index, inverse)[0]
+    total = mixer_operator(x.contiguous(), weight, conv_bias, *matrices, *vectors, index, inverse)[0]
+    return gate_operator(total, F.linear(tokens, z_weight).contiguous())
 
 
 def _int32(index: torch.Tensor | None) -> torch.Tensor | None:

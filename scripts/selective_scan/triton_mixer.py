@@ -9,9 +9,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The ``triton`` engine's mixer as an operator of PyTorch: convolution, projections, scan and gate, and their backward,
-order by order where a volume is large. Shapes: xz (batch, L, 2 d), K orders, conv_weight (K, taps, d), x_proj (K, 2 n +
-rank, d), with B and C before dt, dt_proj (K, d, rank), A (K, d, n), all else (K, d); index, inverse (K, L) int32.
+The ``triton`` engine's mixer as operators of PyTorch: convolution, projections and scan, order by order where a volume
+is large, and the gate. Shapes: x (batch, L, d), K orders, conv_weight (K, taps, d), x_proj (K, 2 n + rank, d), with B
+and C before dt, dt_proj (K, d, rank), A (K, d, n), all else (K, d); index, inverse (K, L) int32.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from . import triton_mixer_kernels as kernels
 from .triton_scan import Scan, chunk_states, or_any, shape_constants
 
-__all__ = ["mixer_operator"]
+__all__ = ["gate_operator", "mixer_operator"]
 
 _TILE = {"T": 128, "W": 32}  # of the convolution: steps, channels
 _GATE = 1024  # elements of a program of the gate
@@ -30,7 +30,7 @@ _TOGETHER = 2**23  # elements of an order, up to which all orders are taken at o
 
 @torch.library.custom_op("segresmamba::mixer", mutates_args=())
 def mixer_operator(
-    xz: torch.Tensor,
+    x: torch.Tensor,
     conv_weight: torch.Tensor,
     conv_bias: torch.Tensor,
     x_proj: torch.Tensor,
@@ -40,29 +40,26 @@ def mixer_operator(
     D: torch.Tensor,
     index: torch.Tensor | None,
     inverse: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the gated sum over the orders (batch, L, d); for the backward, the chunks' first states and the sum."""
-    (batch, length, _), (K, d, n) = xz.shape, A.shape
-    with torch.cuda.device_of(xz), torch.autocast(xz.device.type, enabled=False):
-        y, starts = xz.new_empty(K, batch, length, d), chunk_states(xz, K * batch, length, n, d).unflatten(0, (K, -1))
-        for part in _parts(K, y[0].numel()):
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the sum over the orders (batch, L, d), not yet gated, and for the backward the chunks' first states."""
+    (batch, length, d), K, n = x.shape, len(A), A.shape[2]
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+        y, starts = x.new_empty(K, batch, length, d), chunk_states(x, K * batch, length, n, d).unflatten(0, (K, -1))
+        for part in _parts(K, x.numel()):
             by_order = (conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, index, y, starts)
-            _forward(xz, *(None if t is None else t[part] for t in by_order))
-        out, total = torch.empty_like(y[0]), torch.empty_like(y[0])
-        kernels.gate_forward[_gate_grid(out)](xz, y, out, total, out.numel(), K, d, W=_GATE)
-    return out, starts.flatten(0, 1), total
+            _forward(x, *(None if t is None else t[part] for t in by_order))
+        return y[0] if K == 1 else y.sum(0), starts.flatten(0, 1)
 
 
 @mixer_operator.register_fake
-def _(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, index, inverse):
-    (batch, length, _), (K, d, n) = xz.shape, A.shape
-    out = xz.new_empty(batch, length, d)
-    return out, chunk_states(xz, K * batch, length, n, d), torch.empty_like(out)
+def _(x, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, index, inverse):
+    (batch, length, d), K, n = x.shape, len(A), A.shape[2]
+    return x.new_empty(batch, length, d), chunk_states(x, K * batch, length, n, d)
 
 
 @torch.library.custom_op("segresmamba::mixer_backward", mutates_args=())
 def _mixer_backward(
-    xz: torch.Tensor,
+    x: torch.Tensor,
     conv_weight: torch.Tensor,
     conv_bias: torch.Tensor,
     x_proj: torch.Tensor,
@@ -73,51 +70,82 @@ def _mixer_backward(
     index: torch.Tensor | None,
     inverse: torch.Tensor | None,
     starts: torch.Tensor,
-    total: torch.Tensor,
-    dout: torch.Tensor,
+    dy: torch.Tensor,
 ) -> list[torch.Tensor]:
-    (batch, length, _), (K, taps, d) = xz.shape, conv_weight.shape
+    (batch, length, _), (K, taps, d) = x.shape, conv_weight.shape
     parameters = (conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)
-    with torch.cuda.device_of(xz), torch.autocast(xz.device.type, enabled=False):
-        dout, dy = dout.contiguous(), torch.empty_like(total)
-        kernels.gate_backward_total[_gate_grid(dy)](xz, dout, dy, dy.numel(), d, W=_GATE)
-        parts = _parts(K, dy.numel())
-        before, gradients = None, []  # the sum over the orders before
-        for part in parts:
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+        dy, dx, gradients = dy.contiguous(), torch.empty_like(x), []
+        for part in _parts(K, x.numel()):
             by_order = (*parameters, index, starts.unflatten(0, (K, batch)))
-            du, *others = _gradients(xz, dy, *(None if t is None else t[part] for t in by_order))
-            gradients.append(others)
-            dx = torch.empty_like(xz if part is parts[-1] else dy)
+            du, *others = _gradients(x, dy, *(None if t is None else t[part] for t in by_order))
             chunks, grid = _tiles(batch, length, d)
             kernels.conv_backward_input[grid](
-                conv_weight[part], *(xz if i is None else i[part] for i in (index, inverse)), du,
-                or_any(before, dx), dx, batch, len(du), length, d, dx.shape[2], taps, chunks,
-                ADD=before is not None, **shape_constants(index, length * 2 * d), **_TILE,
+                conv_weight[part], *(x if i is None else i[part] for i in (index, inverse)), du, dx, batch, len(du),
+                length, d, taps, chunks, ADD=bool(gradients), **shape_constants(index, length * d), **_TILE,
             )  # fmt: skip
-            before = dx
+            gradients.append(others)
             del du
-        kernels.gate_backward_z[_gate_grid(total)](xz, total, dout, dx, total.numel(), d, W=_GATE)
     return [dx, *(torch.cat(gradient) for gradient in zip(*gradients))]
 
 
 @_mixer_backward.register_fake
-def _(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, index, inverse, starts, total, dout):
-    inputs = (xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+def _(x, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, index, inverse, starts, dy):
+    inputs = (x, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
 
 
-def _setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, *output[1:])
+def _setup_mixer(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[1])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dout, *_):
-    if dout is None:
+def _backward_mixer(ctx, dy, _):
+    if dy is None:
         return (None,) * 10
-    return *_mixer_backward(*ctx.saved_tensors, dout), None, None
+    return *_mixer_backward(*ctx.saved_tensors, dy), None, None
 
 
-torch.library.register_autograd("segresmamba::mixer", _backward, setup_context=_setup)
+torch.library.register_autograd("segresmamba::mixer", _backward_mixer, setup_context=_setup_mixer)
+
+
+@torch.library.custom_op("segresmamba::gate", mutates_args=())
+def gate_operator(total: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """``total * SiLU(z)``, both contiguous and of one shape and dtype; keeps these two alone for the backward."""
+    with torch.cuda.device_of(z):
+        out = torch.empty_like(total)
+        kernels.gate_forward[_gate_grid(out)](total, z, out, out.numel(), W=_GATE)
+    return out
+
+
+@gate_operator.register_fake
+def _(total, z):
+    return torch.empty_like(total)
+
+
+@torch.library.custom_op("segresmamba::gate_backward", mutates_args=())
+def _gate_backward(total: torch.Tensor, z: torch.Tensor, dout: torch.Tensor) -> list[torch.Tensor]:
+    with torch.cuda.device_of(z):
+        dtotal, dz = torch.empty_like(total), torch.empty_like(z)
+        grid = _gate_grid(dz)
+        kernels.gate_backward[grid](total, z, dout.contiguous(), dtotal, dz, dz.numel(), W=_GATE)
+    return [dtotal, dz]
+
+
+@_gate_backward.register_fake
+def _(total, z, dout):
+    return [torch.empty_like(total), torch.empty_like(z)]
+
+
+def _setup_gate(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_gate(ctx, dout):
+    return tuple(_gate_backward(*ctx.saved_tensors, dout))
+
+
+torch.library.register_autograd("segresmamba::gate", _backward_gate, setup_context=_setup_gate)
 
 
 def _parts(K: int, elements: int) -> list[slice]:
@@ -125,25 +153,25 @@ def _parts(K: int, elements: int) -> list[slice]:
     return [slice(k, k + 1) for k in range(K)] if elements > _TOGETHER else [slice(0, K)]
 
 
-def _forward(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, index, y, starts) -> None:
+def _forward(x, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, index, y, starts) -> None:
     """Of some orders: ``y`` (K, batch, L, d) and the states at chunks' ``starts``, which are written to."""
-    u = _convolve(xz, conv_weight, conv_bias, index)
+    u = _convolve(x, conv_weight, conv_bias, index)
     _scan(u, _project(u, x_proj), dt_proj, dt_bias, A, D, index).forward(y.flatten(0, 1), starts.flatten(0, 1))
 
 
 def _gradients(
-    xz, dy, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, index, starts
+    x, dy, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, index, starts
 ) -> tuple[torch.Tensor, ...]:
     """Of some orders: the gradient before the convolution's SiLU (K, batch, L, d), and those of the parameters."""
     (batch, length, d), (K, _, n), taps = dy.shape, A.shape, conv_weight.shape[1]
-    u = _convolve(xz, conv_weight, conv_bias, index)
+    u = _convolve(x, conv_weight, conv_bias, index)
     packed = _project(u, x_proj)
     large = dy.numel() > _TOGETHER
     run = _scan(u, packed, dt_proj, dt_bias, A, D, index)
     du, ddelta, _, dB, dC, dA, dD = run.backward(starts.flatten(0, 1), dy, lean=large)
     del run
     over_u = du.data_ptr() == u.data_ptr()
-    du, ddelta = (x.view(K, batch * length, d) for x in (du, ddelta))
+    du, ddelta = (t.view(K, batch * length, d) for t in (du, ddelta))
     dpacked = torch.empty_like(packed)
     dpacked[..., :n] = dB.sum(0).view(K, batch * length, n)
     dpacked[..., n : 2 * n] = dC.sum(0).view(K, batch * length, n)
@@ -153,26 +181,26 @@ def _gradients(
     ddt_bias = ddelta.sum(1, dtype=torch.float32)
     del ddelta
     if over_u:
-        u = _convolve(xz, conv_weight, conv_bias, index)
+        u = _convolve(x, conv_weight, conv_bias, index)
     dx_proj = dpacked.transpose(1, 2) @ u.view(K, batch * length, d)
     du.baddbmm_(dpacked, x_proj)
     chunks, grid = _tiles(K * batch, length, d)
-    dweight = torch.empty((K, batch * chunks, taps, d), dtype=torch.float32, device=xz.device)
-    dbias = torch.empty((K, batch * chunks, d), dtype=torch.float32, device=xz.device)
+    dweight = torch.empty((K, batch * chunks, taps, d), dtype=torch.float32, device=x.device)
+    dbias = torch.empty((K, batch * chunks, d), dtype=torch.float32, device=x.device)
     kernels.conv_backward_pre[grid](
-        xz, conv_weight, conv_bias, or_any(index, xz), du, dweight, dbias, batch, length, d, taps, chunks,
-        **shape_constants(index, length * 2 * d), **_TILE,
+        x, conv_weight, conv_bias, or_any(index, x), du, dweight, dbias, batch, length, d, taps, chunks,
+        **shape_constants(index, length * d), **_TILE,
     )  # fmt: skip
     return du.view(K, batch, length, d), dweight.sum(1), dbias.sum(1), dx_proj, ddt_proj, ddt_bias, dA, dD
 
 
-def _convolve(xz, weight, bias, index) -> torch.Tensor:
-    (batch, length, _), (K, taps, d) = xz.shape, weight.shape
-    u = xz.new_empty(K, batch, length, d)
+def _convolve(x, weight, bias, index) -> torch.Tensor:
+    (batch, length, d), (K, taps, _) = x.shape, weight.shape
+    u = x.new_empty(K, batch, length, d)
     chunks, grid = _tiles(K * batch, length, d)
     kernels.conv_forward[grid](
-        xz, weight, bias, or_any(index, xz), u, batch, length, d, taps, chunks,
-        **shape_constants(index, length * 2 * d), **_TILE,
+        x, weight, bias, or_any(index, x), u, batch, length, d, taps, chunks,
+        **shape_constants(index, length * d), **_TILE,
     )  # fmt: skip
     return u
 

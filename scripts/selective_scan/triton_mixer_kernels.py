@@ -13,8 +13,8 @@ The kernels around the scan in the ``triton`` engine's mixer: the convolution al
 tile of T steps by W channels, and the gate.
 
 Names: L tokens, d channels, K orders, taps of a convolution. ``index`` (K, L) is the token at each step of an order,
-``inverse`` (K, L) the step of each token; without ``ORDERED`` the order is the raster's. Arrays are contiguous; xz, u,
-y and their gradients come in any floating dtype, all else in float32.
+``inverse`` (K, L) the step of each token; without ``ORDERED`` the order is the raster's. Arrays are contiguous; x, u,
+total, z and their gradients come in any floating dtype, all else in float32.
 """
 
 from __future__ import annotations
@@ -28,55 +28,53 @@ __all__ = [
     "conv_backward_input",
     "conv_backward_pre",
     "conv_forward",
-    "gate_backward_total",
-    "gate_backward_z",
+    "gate_backward",
     "gate_forward",
 ]
 
 
 @triton.jit
 def _convolved(
-    xz, weight, bias, index, k, b, chunk, channels, valid, L, d, taps: tl.constexpr,
+    x, weight, bias, index, k, b, chunk, channels, valid, L, d, taps: tl.constexpr,
     ORDERED: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """The causal convolution of a tile of steps (T, W), before SiLU."""
     steps = chunk * T + tl.arange(0, T)
-    x = tl.zeros((T, W), dtype=tl.float32)
-    x += tl.load(bias + k * d + channels, mask=valid, other=0.0)[None, :]
+    pre = tl.zeros((T, W), dtype=tl.float32)
+    pre += tl.load(bias + k * d + channels, mask=valid, other=0.0)[None, :]
     for back in tl.static_range(taps):
         step = steps - back
         there = (step >= 0) & (step < L)
         token = tokens_of(index, k, step, there, L, ORDERED, WIDE)
         w = tl.load(weight + (k * taps + taps - 1 - back) * d + channels, mask=valid, other=0.0)
-        at = token[:, None] * (2 * d) + channels[None, :]
-        x += w[None, :] * tl.load(xz + b * L * 2 * d + at, mask=there[:, None] & valid[None, :], other=0.0).to(
-            tl.float32
-        )
-    return x
+        at = token[:, None] * d + channels[None, :]
+        value = tl.load(x + b * L * d + at, mask=there[:, None] & valid[None, :], other=0.0)
+        pre += w[None, :] * value.to(tl.float32)
+    return pre
 
 
 @triton.jit
 def conv_forward(
-    xz, weight, bias, index, u, batch, L, d, taps: tl.constexpr, chunks,
+    x, weight, bias, index, u, batch, L, d, taps: tl.constexpr, chunks,
     ORDERED: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """
-    Causal depthwise convolution along each order and SiLU: xz (batch, L, 2 d), of which the first d channels are taken,
-    weight (K, taps, d), bias (K, d) to u (K, batch, L, d). The grid is (K * batch * chunks * channel blocks,).
+    Causal depthwise convolution along each order and SiLU: x (batch, L, d), weight (K, taps, d), bias (K, d) to u (K,
+    batch, L, d). The grid is (K * batch * chunks * channel blocks,).
     """
     chunk, r, _, channels, valid = place(d, 1, chunks, W)
     k, b = r // batch, r % batch
-    x = _convolved(xz, weight, bias, index, k, b, chunk, channels, valid, L, d, taps, ORDERED, WIDE, T, W)
+    pre = _convolved(x, weight, bias, index, k, b, chunk, channels, valid, L, d, taps, ORDERED, WIDE, T, W)
     steps = chunk * T + tl.arange(0, T)
     live = steps < L
     token = tokens_of(index, k, steps, live, L, ORDERED, WIDE)
     at = token[:, None] * d + channels[None, :]
-    tl.store(u + r * L * d + at, (x * tl.sigmoid(x)).to(u.dtype.element_ty), mask=live[:, None] & valid[None, :])
+    tl.store(u + r * L * d + at, (pre * tl.sigmoid(pre)).to(u.dtype.element_ty), mask=live[:, None] & valid[None, :])
 
 
 @triton.jit
 def conv_backward_pre(
-    xz, weight, bias, index, du, dweight, dbias, batch, L, d, taps: tl.constexpr, chunks,
+    x, weight, bias, index, du, dweight, dbias, batch, L, d, taps: tl.constexpr, chunks,
     ORDERED: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """
@@ -85,43 +83,43 @@ def conv_backward_pre(
     """
     chunk, r, _, channels, valid = place(d, 1, chunks, W)
     k, b = r // batch, r % batch
-    x = _convolved(xz, weight, bias, index, k, b, chunk, channels, valid, L, d, taps, ORDERED, WIDE, T, W)
+    pre = _convolved(x, weight, bias, index, k, b, chunk, channels, valid, L, d, taps, ORDERED, WIDE, T, W)
     steps = chunk * T + tl.arange(0, T)
     live = steps < L
     token = tokens_of(index, k, steps, live, L, ORDERED, WIDE)
     mask = live[:, None] & valid[None, :]
     at = token[:, None] * d + channels[None, :]
-    s = tl.sigmoid(x)
-    g = tl.load(du + r * L * d + at, mask=mask, other=0.0).to(tl.float32) * s * (1.0 + x * (1.0 - s))
+    s = tl.sigmoid(pre)
+    g = tl.load(du + r * L * d + at, mask=mask, other=0.0).to(tl.float32) * s * (1.0 + pre * (1.0 - s))
     tl.store(du + r * L * d + at, g.to(du.dtype.element_ty), mask=mask)
     tl.store(dbias + (r * chunks + chunk) * d + channels, tl.sum(g, axis=0), mask=valid)
     for back in tl.static_range(taps):
         step = steps - back
         there = (step >= 0) & live
         source = tokens_of(index, k, step, there, L, ORDERED, WIDE)
-        at_source = source[:, None] * (2 * d) + channels[None, :]
-        value = tl.load(xz + b * L * 2 * d + at_source, mask=there[:, None] & valid[None, :], other=0.0).to(tl.float32)
+        at_source = source[:, None] * d + channels[None, :]
+        value = tl.load(x + b * L * d + at_source, mask=there[:, None] & valid[None, :], other=0.0).to(tl.float32)
         at_weight = ((r * chunks + chunk) * taps + taps - 1 - back) * d + channels
         tl.store(dweight + at_weight, tl.sum(g * value, axis=0), mask=valid)
 
 
 @triton.jit
 def conv_backward_input(
-    weight, index, inverse, dpre, before, dx, batch, K, L, d, columns, taps: tl.constexpr, chunks,
+    weight, index, inverse, dpre, dx, batch, K, L, d, taps: tl.constexpr, chunks,
     ADD: tl.constexpr, ORDERED: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """
-    Second half: dpre (K, batch, L, d) to the first d channels of dx (batch, L, columns). With ``ADD``, to the sum over
-    other orders, ``before`` (batch, L, d). The grid is (batch * chunks of tokens * channel blocks,).
+    Second half: dpre (K, batch, L, d) to dx (batch, L, d), with ``ADD`` to what is there. The grid is (batch * chunks
+    of tokens * channel blocks,).
     """
     chunk, b, _, channels, valid = place(d, 1, chunks, W)
     token = chunk * T + tl.arange(0, T)
     live = token < L
     mask = live[:, None] & valid[None, :]
+    at_dx = (b * L + token)[:, None] * d + channels[None, :]
     x = tl.zeros((T, W), dtype=tl.float32)
     if ADD:
-        at_before = (b * L + token)[:, None] * d + channels[None, :]
-        x += tl.load(before + at_before, mask=mask, other=0.0).to(tl.float32)
+        x += tl.load(dx + at_dx, mask=mask, other=0.0).to(tl.float32)
     for order in range(K):
         k = b * 0 + order  # 64 bits wide
         step = token
@@ -135,43 +133,27 @@ def conv_backward_input(
             x += w[None, :] * tl.load(
                 dpre + (k * batch + b) * L * d + at, mask=there[:, None] & valid[None, :], other=0.0
             ).to(tl.float32)
-    at_dx = (b * L + token)[:, None] * columns + channels[None, :]
     tl.store(dx + at_dx, x.to(dx.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def gate_forward(xz, y, out, total, elements, K, d, W: tl.constexpr):
-    """out = SiLU(z) * total, total = sum of y (K, batch, L, d) over the orders; ``elements`` is batch * L * d."""
+def gate_forward(total, z, out, elements, W: tl.constexpr):
+    """out = SiLU(z) * total, of ``elements`` each."""
     i = tl.program_id(0).to(tl.int64) * W + tl.arange(0, W)
     mask = i < elements
-    x = tl.zeros((W,), dtype=tl.float32)
-    at = i
-    for _ in range(K):
-        x += tl.load(y + at, mask=mask, other=0.0).to(tl.float32)
-        at += elements
-    z = tl.load(xz + i // d * (2 * d) + d + i % d, mask=mask, other=0.0).to(tl.float32)
-    tl.store(total + i, x.to(total.dtype.element_ty), mask=mask)
-    tl.store(out + i, (x * z * tl.sigmoid(z)).to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def gate_backward_total(xz, dout, dy, elements, d, W: tl.constexpr):
-    """The gate's backward: dy (batch, L, d), the gradient of ``total``."""
-    i = tl.program_id(0).to(tl.int64) * W + tl.arange(0, W)
-    mask = i < elements
-    z = tl.load(xz + i // d * (2 * d) + d + i % d, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(dout + i, mask=mask, other=0.0).to(tl.float32)
-    tl.store(dy + i, (g * z * tl.sigmoid(z)).to(dy.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def gate_backward_z(xz, total, dout, dxz, elements, d, W: tl.constexpr):
-    """The gate's backward: the last d channels of dxz (batch, L, 2 d)."""
-    i = tl.program_id(0).to(tl.int64) * W + tl.arange(0, W)
-    mask = i < elements
-    at = i // d * (2 * d) + d + i % d
-    z = tl.load(xz + at, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(dout + i, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(z + i, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(total + i, mask=mask, other=0.0).to(tl.float32)
-    s = tl.sigmoid(z)
-    tl.store(dxz + at, (g * x * s * (1.0 + z * (1.0 - s))).to(dxz.dtype.element_ty), mask=mask)
+    tl.store(out + i, (x * gate * tl.sigmoid(gate)).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gate_backward(total, z, dout, dtotal, dz, elements, W: tl.constexpr):
+    """The gradients of ``total`` and ``z``."""
+    i = tl.program_id(0).to(tl.int64) * W + tl.arange(0, W)
+    mask = i < elements
+    gate = tl.load(z + i, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(total + i, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(dout + i, mask=mask, other=0.0).to(tl.float32)
+    s = tl.sigmoid(gate)
+    tl.store(dtotal + i, (g * gate * s).to(dtotal.dtype.element_ty), mask=mask)
+    tl.store(dz + i, (g * x * s * (1.0 + gate * (1.0 - s))).to(dz.dtype.element_ty), mask=mask)
