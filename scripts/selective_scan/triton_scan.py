@@ -26,7 +26,7 @@ from . import triton_scan_kernels as kernels
 __all__ = ["Scan", "chunk_states", "or_any", "scan_operator", "shape_constants"]
 
 _LANES, _STATES = 32, 16  # of a walk over a chunk: a channel for each lane of a warp, and states it keeps at a time
-_AHEAD = 4  # steps whose inputs chunk_ends and chunk_carries load at a time in raster order
+_AHEAD = 4  # steps of a walk whose inputs are loaded while those before are walked
 _CHANNELS, _PIECE = 16, 4  # of the scan's gradients: channels, and steps whose states are kept at a time
 _REGISTERS = 168  # that a lane of scan_gradients may take, so that enough of them share a multiprocessor
 _WIDEN = 2**21  # elements of u, above which B and C are taken to float32 before the forward, not at each step
@@ -126,14 +126,14 @@ class Scan:
         self.A2 = (A * _LOG2E).transpose(1, 2).contiguous()
         self.D, self.bias = D.contiguous(), bias.contiguous()
         self.index = or_any(index, u)
-        self.ahead = _AHEAD if index is None else 1  # elsewhere tokens lie apart, and nothing is gained
         self.steps = _chunk(self.d)
         self.chunks = -(-self.length // self.steps)
         self.grid = (self.rows * self.chunks * self.groups * -(-(self.d // self.groups) // _LANES),)
         self.gated = z is not None
         widest = max(self.d, *(self.groups * columns for columns in self.columns))
         self.constants = {"SOFTPLUS": softplus, **shape_constants(index, self.length * widest), "T": self.steps}
-        self.walk = {"n": self.n, "N": min(_STATES, triton.next_power_of_2(self.n)), "W": _LANES, "num_warps": 1}
+        self.states = {"n": self.n, "N": min(_STATES, triton.next_power_of_2(self.n)), "num_warps": 1}
+        self.walk = {**self.states, "W": _LANES, "P": _AHEAD}
         self.tile_of_chunks = {"T": min(_CHUNKS, triton.next_power_of_2(self.chunks)), "W": _ELEMENTS}
         self.sizes = (self.length, self.d, self.groups)
 
@@ -150,14 +150,13 @@ class Scan:
         sums = self._by_chunk()
         kernels.chunk_ends[self.grid](
             u, delta, bias, A2, B, self.index, starts, sums, self.batch, *self.sizes, self.chunks,
-            b_columns=b_columns, P=self.ahead, **self.constants, **self.walk,
+            b_columns=b_columns, **self.constants, **self.walk,
         )  # fmt: skip
         self._scan_chunks(sums, starts, back=False)
         total = torch.empty_like(u, dtype=torch.float32) if self.n > _STATES else y
         kernels.scan_apply[self.grid](
             u, delta, bias, A2, B, C, self.D, self.z, self.index, starts, total, y, self.batch, *self.sizes,
-            self.chunks, b_columns=b_columns, c_columns=c_columns, GATED=self.gated, P=1,
-            **self.constants, **self.walk,
+            self.chunks, b_columns=b_columns, c_columns=c_columns, GATED=self.gated, **self.constants, **self.walk,
         )  # fmt: skip
         return y, starts
 
@@ -173,7 +172,7 @@ class Scan:
         gradients, sums = self._states(), self._by_chunk()
         kernels.chunk_carries[self.grid](
             delta, bias, A2, C, self.z, self.index, dy, gradients, sums, self.batch, len(dy), *self.sizes, self.chunks,
-            c_columns=self.columns[1], GATED=self.gated, P=self.ahead, **self.constants, **self.walk,
+            c_columns=self.columns[1], GATED=self.gated, **self.constants, **self.walk,
         )  # fmt: skip
         self._scan_chunks(sums, gradients, back=True)
         # More states are gone through in several turns, which each read u and delta.
@@ -187,13 +186,13 @@ class Scan:
         dD = self._by_chunk()
         total = torch.empty((self.rows, 3, self.length, self.d), **like) if self.n > _STATES else u
         grid = min(self.rows * self.chunks * self.groups * parts, _RESIDENT * _multiprocessors(u.device))
-        pieces = torch.empty((grid, self.steps // _PIECE, self.walk["N"], _CHANNELS), **like)
+        pieces = torch.empty((grid, self.steps // _PIECE, self.states["N"], _CHANNELS), **like)
         kernels.scan_gradients[(grid,)](
             u, delta, bias, A2, B, C, self.D, self.z, self.index, starts, dy, gradients, pieces, total, du, ddelta, dz,
             dB, dC, dD, self.batch, len(dy), self.rows, *self.sizes, self.chunks, parts, blocks_of_part,
             b_columns=self.columns[0], c_columns=self.columns[1], GATED=self.gated,
-            COUNT=1 if self.d // self.groups % 2 else 2, **self.constants, P=_PIECE, maxnreg=_REGISTERS,
-            **{**self.walk, "W": _CHANNELS},
+            COUNT=1 if self.d // self.groups % 2 else 2, **self.constants, **self.states, P=_PIECE, W=_CHANNELS,
+            maxnreg=_REGISTERS,
         )  # fmt: skip
         dA = gradients.unflatten(0, (-1, self.batch))[:, :, 1:].sum((1, 2)).transpose(1, 2).contiguous()
         return du, ddelta, dz, dB, dC, dA, dD.unflatten(0, (-1, self.batch)).sum((1, 2))

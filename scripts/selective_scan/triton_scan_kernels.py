@@ -15,9 +15,9 @@ across lanes, whose shuffles would outnumber the exponentials.
 
 Names: R rows (order x batch), L tokens, d channels, g groups of B and C, n states, K orders. ``index`` (K, L) is the
 token at each step of an order; without ``ORDERED`` the order is the raster's. Arrays are contiguous, but for the rows
-of B and C: a group's is as long as the tensor that it lies in has columns. P steps are loaded at a time, or their
-states kept. A2 is A * log2(e), (K, n, d). u, delta, z, B, C, y, du, ddelta, dz come in any floating dtype, all else in
-float32.
+of B and C: a group's is as long as the tensor that it lies in has columns. P steps are a piece of a chunk: their u and
+delta are loaded while the piece before is walked, or their states kept. A2 is A * log2(e), (K, n, d). u, delta, z, B,
+C, y, du, ddelta, dz come in any floating dtype, all else in float32.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from .triton_tiles import place, tokens_of
 __all__ = ["chunk_carries", "chunk_ends", "chunk_scan", "scan_apply", "scan_gradients"]
 
 LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def _softplus(x):
-    """max(x, 0) + log1p(exp(-|x|)), the logarithm as 2 artanh(e / (2 + e))."""
-    e = tl.exp(-tl.abs(x))
-    s = e / (2.0 + e)
-    q = s * s
-    p = 1.0 / 13.0 + q * (1.0 / 15.0)
-    p = 1.0 / 11.0 + q * p
-    p = 1.0 / 9.0 + q * p
-    p = 1.0 / 7.0 + q * p
-    p = 1.0 / 5.0 + q * p
-    p = 1.0 / 3.0 + q * p
-    return tl.maximum(x, 0.0) + 2.0 * (s + s * (q * p))
+    """max(x, 0) + log1p(e), e = exp(-|x|); log1p(e) / e as a minimax polynomial, off by 3e-8 at most."""
+    e = tl.exp2(tl.abs(x) * -LOG2E)
+    p = -0.030065730 + e * 0.0053648083
+    p = 0.079204440 + e * p
+    p = -0.13753794 + e * p
+    p = 0.19153652 + e * p
+    p = -0.24857163 + e * p
+    p = 0.33321324 + e * p
+    p = -0.49999648 + e * p
+    return tl.maximum(x, 0.0) + e * (1.0 + e * p)
 
 
 @triton.jit
@@ -72,6 +72,20 @@ def _step_size(delta, bias, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
+def _inside(channels, group, d, g):
+    """The channels, in place of those beyond the group its last: what they load needs no mask."""
+    return tl.minimum(channels, (group + 1) * (d // g) - 1)
+
+
+@triton.jit
+def _taken(x, y, z, index, k, step, channels, L, d, ORDERED: tl.constexpr, WIDE: tl.constexpr):
+    """The token at a step, and what three tensors hold there. All must be inside."""
+    token = tokens_of(index, k, step, True, L, ORDERED, WIDE)
+    at = token * d + channels
+    return token, tl.load(x + at), tl.load(y + at), tl.load(z + at)
+
+
+@triton.jit
 def _loaded(
     u, delta, B, index, k, step, live, channels, valid, s, L, d, n: tl.constexpr, row_b: tl.constexpr,
     ORDERED: tl.constexpr, WIDE: tl.constexpr,
@@ -91,7 +105,7 @@ def _loaded(
 def _stepped(state, a, shift, live, delta, x, b, SOFTPLUS: tl.constexpr):
     """The state after a step, the step sizes and u. Beyond the end (not ``live``) the state stays."""
     dt = tl.where(live, _step_size(delta, shift, SOFTPLUS), 0.0)
-    x = x.to(tl.float32)
+    x = tl.where(live, x.to(tl.float32), 0.0)
     return tl.exp2(a * dt[None, :]) * state + (dt * x)[None, :] * b.to(tl.float32)[:, None], dt, x
 
 
@@ -112,25 +126,26 @@ def chunk_ends(
     u += r * L * d
     delta += r * L * d
     B += (r * L * g + group) * b_columns
-    shift = tl.load(bias + k * d + channels, mask=valid, other=0.0)
+    inside = _inside(channels, group, d, g)
+    shift = tl.load(bias + k * d + inside)
     for some in range(0, n, N):
         s = some + tl.arange(0, N)
         there = (s < n)[:, None] & valid[None, :]
         a = tl.load(A2 + (k * n + s)[:, None] * d + _channels(channels, 1), mask=there, other=0.0)
         state = tl.zeros((N, W), dtype=tl.float32)
         total = tl.zeros((W,), dtype=tl.float32)
+        ahead = ()
+        for i in tl.static_range(P):
+            ahead += (_taken(delta, u, u, index, k, tl.minimum(first + i, end - 1), inside, L, d, ORDERED, WIDE),)
         for piece in range(first, end, P):
-            ahead = ()
+            here, ahead, rows = ahead, (), ()
             for i in tl.static_range(P):
-                ahead += (
-                    _loaded(
-                        u, delta, B, index, k, piece + i, piece + i < end, channels, valid, s, L, d, n, g * b_columns,
-                        ORDERED, WIDE,
-                    ),
-                )  # fmt: skip
+                step = tl.minimum(piece + P + i, end - 1)
+                ahead += (_taken(delta, u, u, index, k, step, inside, L, d, ORDERED, WIDE),)
+                rows += (tl.load(B + here[i][0] * (g * b_columns) + s, mask=s < n, other=0.0),)
             for i in tl.static_range(P):
-                _, raw, x, b = ahead[i]
-                state, dt, _ = _stepped(state, a, shift, piece + i < end, raw, x, b, SOFTPLUS)
+                _, raw, x, _ = here[i]
+                state, dt, _ = _stepped(state, a, shift, piece + i < end, raw, x, rows[i], SOFTPLUS)
                 total += dt
         at_end = ((r * (chunks + 1) + chunk + 1) * n + s)[:, None] * d
         tl.store(starts + at_end + _channels(channels, 1), state, mask=there)
@@ -186,38 +201,43 @@ def scan_apply(
     row = r * L * d
     u += row
     delta += row
+    gates = z + row if GATED else u
     B += (r * L * g + group) * b_columns
     C += (r * L * g + group) * c_columns
-    shift = tl.load(bias + k * d + channels, mask=valid, other=0.0)
-    skip = tl.load(D + k * d + channels, mask=valid, other=0.0)
+    inside = _inside(channels, group, d, g)
+    shift = tl.load(bias + k * d + inside)
+    skip = tl.load(D + k * d + inside)
     for some in range(0, n, N):
         s = some + tl.arange(0, N)
         there = (s < n)[:, None] & valid[None, :]
         a = tl.load(A2 + (k * n + s)[:, None] * d + _channels(channels, 1), mask=there, other=0.0)
         at_chunk = ((r * (chunks + 1) + chunk) * n + s)[:, None] * d
         state = tl.load(starts + at_chunk + _channels(channels, 1), mask=there, other=0.0)
+        ahead = ()
+        for i in tl.static_range(P):
+            ahead += (_taken(delta, u, gates, index, k, tl.minimum(first + i, end - 1), inside, L, d, ORDERED, WIDE),)
         for piece in range(first, end, P):
-            ahead, rows_c, gates = (), (), ()
+            here, ahead = ahead, ()
             for i in tl.static_range(P):
-                live = piece + i < end
-                here = _loaded(
-                    u, delta, B, index, k, piece + i, live, channels, valid, s, L, d, n, g * b_columns, ORDERED, WIDE,
-                )  # fmt: skip
-                ahead += (here,)
-                rows_c += (tl.load(C + here[0] * (g * c_columns) + s, mask=(s < n) & live, other=0.0),)
-                if GATED:
-                    gates += (tl.load(z + row + here[0] * d + channels, mask=valid & live, other=0.0),)
+                step = tl.minimum(piece + P + i, end - 1)
+                ahead += (_taken(delta, u, gates, index, k, step, inside, L, d, ORDERED, WIDE),)
+            next_b = tl.load(B + here[0][0] * (g * b_columns) + s, mask=s < n, other=0.0)
+            next_c = tl.load(C + here[0][0] * (g * c_columns) + s, mask=s < n, other=0.0)
             for i in tl.static_range(P):
-                token, raw, x, b = ahead[i]
+                token, raw, x, gate = here[i]
+                b, c = next_b, next_c
+                if i + 1 < P:
+                    next_b = tl.load(B + here[i + 1][0] * (g * b_columns) + s, mask=s < n, other=0.0)
+                    next_c = tl.load(C + here[i + 1][0] * (g * c_columns) + s, mask=s < n, other=0.0)
                 at, mask = token * d + channels, valid & (piece + i < end)
                 state, _, x = _stepped(state, a, shift, piece + i < end, raw, x, b, SOFTPLUS)
-                out = tl.sum(state * rows_c[i].to(tl.float32)[:, None], axis=0)
+                out = tl.sum(state * c.to(tl.float32)[:, None], axis=0)
                 if n > N:
                     out += tl.load(total + row + at, mask=mask & (some > 0), other=0.0)
                     tl.store(total + row + at, out, mask=mask)  # each lane for itself
                 out += skip * x
                 if GATED:
-                    gate = gates[i].to(tl.float32)
+                    gate = gate.to(tl.float32)
                     out *= gate * tl.sigmoid(gate)
                 tl.store(y + row + at, out.to(y.dtype.element_ty), mask=mask)
 
@@ -245,32 +265,35 @@ def chunk_carries(
     chunk, r, group, channels, valid = place(d, g, chunks, W)
     k = r // batch
     first = chunk.to(tl.int32) * T
-    steps = tl.minimum(first + T, L) - first
-    row, row_dy = r * L * d, r % dy_rows * L * d
+    end = tl.minimum(first + T, L)
+    delta += r * L * d
+    dy += r % dy_rows * L * d
+    gates = z + r * L * d if GATED else dy
     C += (r * L * g + group) * c_columns
-    shift = tl.load(bias + k * d + channels, mask=valid, other=0.0)
+    inside = _inside(channels, group, d, g)
+    shift = tl.load(bias + k * d + inside)
     for some in range(0, n, N):
         s = some + tl.arange(0, N)
         there = (s < n)[:, None] & valid[None, :]
         a = tl.load(A2 + (k * n + s)[:, None] * d + _channels(channels, 1), mask=there, other=0.0)
         carry = tl.zeros((N, W), dtype=tl.float32)
         total = tl.zeros((W,), dtype=tl.float32)
-        for past in range(0, steps, P):
-            ahead = ()
+        ahead = ()
+        for i in tl.static_range(P):
+            step = tl.maximum(end - 1 - i, first)
+            ahead += (_taken(delta, dy, gates, index, k, step, inside, L, d, ORDERED, WIDE),)
+        for past in range(0, end - first, P):
+            here, ahead, rows = ahead, (), ()
             for i in tl.static_range(P):
-                live = past + i < steps
-                token = tokens_of(index, k, first + steps - 1 - past - i, live, L, ORDERED, WIDE)
-                at = token * d + channels
-                raw = tl.load(delta + row + at, mask=valid & live, other=0.0)
-                g_y = tl.load(dy + row_dy + at, mask=valid & live, other=0.0)
-                gate = tl.load(z + row + at, mask=valid & live, other=0.0) if GATED else g_y
-                c = tl.load(C + token * (g * c_columns) + s, mask=(s < n) & live, other=0.0)
-                ahead += ((raw, g_y, gate, c),)
+                step = tl.maximum(end - 1 - past - P - i, first)
+                ahead += (_taken(delta, dy, gates, index, k, step, inside, L, d, ORDERED, WIDE),)
+                rows += (tl.load(C + here[i][0] * (g * c_columns) + s, mask=s < n, other=0.0),)
             for i in tl.static_range(P):
-                raw, g_y, gate, c = ahead[i]
-                dt = tl.where(past + i < steps, _step_size(raw, shift, SOFTPLUS), 0.0)
-                g_y = _before_gate(g_y, gate, GATED)
-                carry = tl.exp2(a * dt[None, :]) * (carry + g_y[None, :] * c.to(tl.float32)[:, None])
+                _, raw, g_y, gate = here[i]
+                live = past + i < end - first
+                dt = tl.where(live, _step_size(raw, shift, SOFTPLUS), 0.0)
+                g_y = tl.where(live, _before_gate(g_y, gate, GATED), 0.0)
+                carry = tl.exp2(a * dt[None, :]) * (carry + g_y[None, :] * rows[i].to(tl.float32)[:, None])
                 total += dt
         at_start = ((r * (chunks + 1) + chunk) * n + s)[:, None] * d
         tl.store(gradients + at_start + _channels(channels, 1), carry, mask=there)
