@@ -75,7 +75,8 @@ def _mixer_backward(
     (batch, length, _), (K, taps, d) = x.shape, conv_weight.shape
     parameters = (conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
-        dy, dx, gradients = dy.contiguous(), torch.empty_like(x), []
+        dy, dx = dy.contiguous(), torch.empty_like(x)
+        gradients: list[list[torch.Tensor]] = []
         for part in _parts(K, x.numel()):
             by_order = (*parameters, index, starts.unflatten(0, (K, batch)))
             du, *others = _gradients(x, dy, *(None if t is None else t[part] for t in by_order))
