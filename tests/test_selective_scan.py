@@ -896,7 +896,7 @@ MIXERS = product(NATIVE, [32, 48, 20], [(3, 5, 7), (1, 1, 2), (13, 5, 2)])
 
 
 @pytest.mark.parametrize(
-    "engine, d, size", [*MIXERS, *product(["triton"] if "triton" in FAST else [], [20], [(3, 2, 5), (1, 1, 2)])]
+    "engine, d, size", [*MIXERS, *product(["triton"] if "triton" in FAST else [], [20], [(3, 2, 3), (1, 1, 2)])]
 )
 def test_mixer_of_every_engine_agrees_with_the_reference(engine, d, size):
     tensors = mixer_arguments(d, size)

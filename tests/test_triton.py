@@ -27,7 +27,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
+from scripts.benchmark.steps import training_step
 from scripts.phantom_volume import make_phantom
 from scripts.segresmamba import SegResMamba
 from scripts.selective_scan import available_engines, oriented_mixer, selective_scan_channels_last
@@ -95,6 +97,7 @@ def options(name):
 """
 
 TO_THE_END = """
+ONES.remove("L")  # walks over one step have no loop
 done, crossing = [], []
 for dtype in sys.argv[2:]:
     for name in KERNELS:
@@ -137,14 +140,14 @@ class TestWithoutAGPU:
         the walks over a chunk, but for the gradients' sums over channels, no value crosses lanes: their speed rests on
         it.
         """
-        dtypes = ["fp16", "fp32"] if capability < 80 else ["fp16", "bf16", "fp32"]
+        dtypes = {75: ["fp16", "fp32"], 80: ["bf16"], 90: ["fp16", "bf16", "fp32"]}[capability]
         done, crossing = self.compiled(TO_THE_END, bundle_root, tmp_path, capability, dtypes)
         assert done == [*self.kernels()] * len(dtypes) and not crossing
 
     def test_every_kernel_is_sound_with_every_flag(self, bundle_root, tmp_path):
         """As far as Triton's front end, where types that differ from turn to turn of a loop show."""
-        done = self.compiled(FRONT_END, bundle_root, tmp_path, 90, ["fp16", "bf16", "fp32"])
-        assert list(done) == [*self.kernels()] and done["conv_backward_input"] == 3 * 2**3
+        done = self.compiled(FRONT_END, bundle_root, tmp_path, 90, ["fp16", "fp32"])
+        assert list(done) == [*self.kernels()] and done["conv_backward_input"] == 2 * 2**3
 
     @staticmethod
     def kernels() -> list[str]:
@@ -242,9 +245,9 @@ class TestWithoutAGPU:
     @pytest.mark.parametrize(
         "batch, size, options",
         [
-            (2, (3, 2, 7), {}),
-            (1, (3, 2, 7), {"orders": ("reverse",)}),
-            (1, (3, 2, 7), {"orders": ("forward", "-wdh"), "d_state": 20}),
+            (2, (3, 1, 7), {}),
+            (1, (3, 1, 7), {"orders": ("reverse",)}),
+            (1, (3, 1, 7), {"orders": ("forward", "-wdh"), "d_state": 20}),
         ],
     )
     def test_orders_one_after_the_other_give_the_same(self, engine, monkeypatch, batch, size, options):
@@ -301,6 +304,36 @@ class TestWithoutAGPU:
             return sum(t.numel() * t.element_size() for t in tensors.values() if t.is_floating_point())
 
         assert kept((2, 4, 4)) - kept((1, 4, 4)) == 16 * 4 * (2 * d + d) + 4 * K * n * d  # one chunk more
+
+    @pytest.mark.skipif(DEVICE == "cuda", reason="the bench measures it there")
+    def test_a_training_step_of_a_large_volume_allocates_little(self, monkeypatch, bundle_root):
+        """
+        What PyTorch allocates at its peak, the kernels left out, at the first level of a 128^3 patch, beside what the
+        layer composed of mamba-ssm and copies took on an H100: at most 0.6, which ToM is to get to.
+        """
+        from scripts.selective_scan import triton_mixer, triton_scan
+
+        class LeftOut:
+            def __getattr__(self, name):
+                return self
+
+            def __getitem__(self, grid):
+                return lambda *args, **constants: None
+
+        for module in (triton_mixer, triton_scan):
+            monkeypatch.setattr(module, "kernels", LeftOut())
+        monkeypatch.setattr(triton_scan, "_multiprocessors", lambda device: 132)
+        layer, x = ToM(48, scan_engine="triton"), torch.rand(1, 48, 64, 64, 64)
+        training_step(layer, x, torch.bfloat16)  # the orders' indices stay
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            training_step(layer, x, torch.bfloat16)
+        # profiler.events() gives allocations to the operators around them, without their times
+        events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+        allocated = np.cumsum([event.nbytes() for event in events if event.name() == "[memory]"])
+        assert allocated[-1] == 0
+        measured = json.loads((bundle_root / "docs/benchmarks/gpu-nvidia_h100_80gb_hbm3.json").read_text())["tom"][0]
+        assert (measured["channels"], measured["size"]) == (48, [64, 64, 64])
+        assert 0.4 < allocated.max() / measured["peak bytes"]["mamba_ssm"] < 0.6
 
     @gpu
     def test_sums_over_channels_in_one_part_or_in_many_agree(self, engine, monkeypatch):

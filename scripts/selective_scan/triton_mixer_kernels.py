@@ -117,9 +117,9 @@ def conv_backward_input(
     live = token < L
     mask = live[:, None] & valid[None, :]
     at_dx = (b * L + token)[:, None] * d + channels[None, :]
-    x = tl.zeros((T, W), dtype=tl.float32)
+    g = tl.zeros((T, W), dtype=tl.float32)
     if ADD:
-        x += tl.load(dx + at_dx, mask=mask, other=0.0).to(tl.float32)
+        g += tl.load(dx + at_dx, mask=mask, other=0.0).to(tl.float32)
     for order in range(K):
         k = b * 0 + order  # 64 bits wide
         step = token
@@ -130,10 +130,10 @@ def conv_backward_input(
             target = tokens_of(index, k, step + ahead, there, L, ORDERED, WIDE)
             w = tl.load(weight + (k * taps + taps - 1 - ahead) * d + channels, mask=valid, other=0.0)
             at = target[:, None] * d + channels[None, :]
-            x += w[None, :] * tl.load(
+            g += w[None, :] * tl.load(
                 dpre + (k * batch + b) * L * d + at, mask=there[:, None] & valid[None, :], other=0.0
             ).to(tl.float32)
-    tl.store(dx + at_dx, x.to(dx.dtype.element_ty), mask=mask)
+    tl.store(dx + at_dx, g.to(dx.dtype.element_ty), mask=mask)
 
 
 @triton.jit

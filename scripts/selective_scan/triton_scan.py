@@ -132,8 +132,8 @@ class Scan:
         self.gated = z is not None
         widest = max(self.d, *(self.groups * columns for columns in self.columns))
         self.constants = {"SOFTPLUS": softplus, **shape_constants(index, self.length * widest), "T": self.steps}
-        self.states = {"n": self.n, "N": min(_STATES, triton.next_power_of_2(self.n)), "num_warps": 1}
-        self.walk = {**self.states, "W": _LANES, "P": _AHEAD}
+        self.tile = {"n": self.n, "N": min(_STATES, triton.next_power_of_2(self.n)), "num_warps": 1}
+        self.walk = {**self.tile, "W": _LANES, "P": _AHEAD}
         self.tile_of_chunks = {"T": min(_CHUNKS, triton.next_power_of_2(self.chunks)), "W": _ELEMENTS}
         self.sizes = (self.length, self.d, self.groups)
 
@@ -186,12 +186,12 @@ class Scan:
         dD = self._by_chunk()
         total = torch.empty((self.rows, 3, self.length, self.d), **like) if self.n > _STATES else u
         grid = min(self.rows * self.chunks * self.groups * parts, _RESIDENT * _multiprocessors(u.device))
-        pieces = torch.empty((grid, self.steps // _PIECE, self.states["N"], _CHANNELS), **like)
+        pieces = torch.empty((grid, self.steps // _PIECE, self.tile["N"], _CHANNELS), **like)
         kernels.scan_gradients[(grid,)](
             u, delta, bias, A2, B, C, self.D, self.z, self.index, starts, dy, gradients, pieces, total, du, ddelta, dz,
             dB, dC, dD, self.batch, len(dy), self.rows, *self.sizes, self.chunks, parts, blocks_of_part,
             b_columns=self.columns[0], c_columns=self.columns[1], GATED=self.gated,
-            COUNT=1 if self.d // self.groups % 2 else 2, **self.constants, **self.states, P=_PIECE, W=_CHANNELS,
+            COUNT=1 if self.d // self.groups % 2 else 2, **self.constants, **self.tile, P=_PIECE, W=_CHANNELS,
             maxnreg=_REGISTERS,
         )  # fmt: skip
         dA = gradients.unflatten(0, (-1, self.batch))[:, :, 1:].sum((1, 2)).transpose(1, 2).contiguous()

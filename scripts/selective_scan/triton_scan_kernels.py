@@ -15,9 +15,9 @@ across lanes, whose shuffles would outnumber the exponentials.
 
 Names: R rows (order x batch), L tokens, d channels, g groups of B and C, n states, K orders. ``index`` (K, L) is the
 token at each step of an order; without ``ORDERED`` the order is the raster's. Arrays are contiguous, but for the rows
-of B and C: a group's is as long as the tensor that it lies in has columns. P steps are a piece of a chunk: their u and
-delta are loaded while the piece before is walked, or their states kept. A2 is A * log2(e), (K, n, d). u, delta, z, B,
-C, y, du, ddelta, dz come in any floating dtype, all else in float32.
+of B and C: a group's is as long as the tensor that it lies in has columns. P steps are a piece of a chunk: a walk loads
+what it takes of them while it walks the piece before; the last pass of the backward keeps their states instead. A2 is A
+* log2(e), (K, n, d). u, delta, z, B, C, y, du, ddelta, dz come in any floating dtype, all else in float32.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _softplus(x):
-    """max(x, 0) + log1p(e), e = exp(-|x|); log1p(e) / e as a minimax polynomial, off by 3e-8 at most."""
+    """max(x, 0) + log1p(e), e = exp(-|x|); log1p(e) / e as a minimax polynomial, itself off by 4e-8 at most."""
     e = tl.exp2(tl.abs(x) * -LOG2E)
-    p = -0.030065730 + e * 0.0053648083
-    p = 0.079204440 + e * p
-    p = -0.13753794 + e * p
-    p = 0.19153652 + e * p
-    p = -0.24857163 + e * p
+    p = -0.03006636 + e * 0.00536496
+    p = 0.0792055 + e * p
+    p = -0.13753888 + e * p
+    p = 0.19153698 + e * p
+    p = -0.24857175 + e * p
     p = 0.33321324 + e * p
     p = -0.49999648 + e * p
     return tl.maximum(x, 0.0) + e * (1.0 + e * p)
@@ -72,32 +72,15 @@ def _step_size(delta, bias, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def _inside(channels, group, d, g):
-    """The channels, in place of those beyond the group its last: what they load needs no mask."""
-    return tl.minimum(channels, (group + 1) * (d // g) - 1)
-
-
-@triton.jit
-def _taken(x, y, z, index, k, step, channels, L, d, ORDERED: tl.constexpr, WIDE: tl.constexpr):
-    """The token at a step, and what three tensors hold there. All must be inside."""
+def _taken(one, two, three, index, k, step, channels, valid, L, d, ORDERED: tl.constexpr, WIDE: tl.constexpr):
+    """The token at a step, and what three tensors hold there; the same one twice costs nothing."""
     token = tokens_of(index, k, step, True, L, ORDERED, WIDE)
-    at = token * d + channels
-    return token, tl.load(x + at), tl.load(y + at), tl.load(z + at)
-
-
-@triton.jit
-def _loaded(
-    u, delta, B, index, k, step, live, channels, valid, s, L, d, n: tl.constexpr, row_b: tl.constexpr,
-    ORDERED: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """What the recurrence takes from memory at a step: its token, delta, u and the row of B."""
-    token = tokens_of(index, k, step, live, L, ORDERED, WIDE)
     at = token * d + channels
     return (
         token,
-        tl.load(delta + at, mask=valid & live, other=0.0),
-        tl.load(u + at, mask=valid & live, other=0.0),
-        tl.load(B + token * row_b + s, mask=(s < n) & live, other=0.0),
+        tl.load(one + at, mask=valid, other=0.0),
+        tl.load(two + at, mask=valid, other=0.0),
+        tl.load(three + at, mask=valid, other=0.0),
     )
 
 
@@ -126,8 +109,7 @@ def chunk_ends(
     u += r * L * d
     delta += r * L * d
     B += (r * L * g + group) * b_columns
-    inside = _inside(channels, group, d, g)
-    shift = tl.load(bias + k * d + inside)
+    shift = tl.load(bias + k * d + channels, mask=valid, other=0.0)
     for some in range(0, n, N):
         s = some + tl.arange(0, N)
         there = (s < n)[:, None] & valid[None, :]
@@ -136,12 +118,14 @@ def chunk_ends(
         total = tl.zeros((W,), dtype=tl.float32)
         ahead = ()
         for i in tl.static_range(P):
-            ahead += (_taken(delta, u, u, index, k, tl.minimum(first + i, end - 1), inside, L, d, ORDERED, WIDE),)
+            ahead += (
+                _taken(delta, u, u, index, k, tl.minimum(first + i, end - 1), channels, valid, L, d, ORDERED, WIDE),
+            )
         for piece in range(first, end, P):
             here, ahead, rows = ahead, (), ()
             for i in tl.static_range(P):
                 step = tl.minimum(piece + P + i, end - 1)
-                ahead += (_taken(delta, u, u, index, k, step, inside, L, d, ORDERED, WIDE),)
+                ahead += (_taken(delta, u, u, index, k, step, channels, valid, L, d, ORDERED, WIDE),)
                 rows += (tl.load(B + here[i][0] * (g * b_columns) + s, mask=s < n, other=0.0),)
             for i in tl.static_range(P):
                 _, raw, x, _ = here[i]
@@ -204,9 +188,8 @@ def scan_apply(
     gates = z + row if GATED else u
     B += (r * L * g + group) * b_columns
     C += (r * L * g + group) * c_columns
-    inside = _inside(channels, group, d, g)
-    shift = tl.load(bias + k * d + inside)
-    skip = tl.load(D + k * d + inside)
+    shift = tl.load(bias + k * d + channels, mask=valid, other=0.0)
+    skip = tl.load(D + k * d + channels, mask=valid, other=0.0)
     for some in range(0, n, N):
         s = some + tl.arange(0, N)
         there = (s < n)[:, None] & valid[None, :]
@@ -215,12 +198,14 @@ def scan_apply(
         state = tl.load(starts + at_chunk + _channels(channels, 1), mask=there, other=0.0)
         ahead = ()
         for i in tl.static_range(P):
-            ahead += (_taken(delta, u, gates, index, k, tl.minimum(first + i, end - 1), inside, L, d, ORDERED, WIDE),)
+            ahead += (
+                _taken(delta, u, gates, index, k, tl.minimum(first + i, end - 1), channels, valid, L, d, ORDERED, WIDE),
+            )
         for piece in range(first, end, P):
             here, ahead = ahead, ()
             for i in tl.static_range(P):
                 step = tl.minimum(piece + P + i, end - 1)
-                ahead += (_taken(delta, u, gates, index, k, step, inside, L, d, ORDERED, WIDE),)
+                ahead += (_taken(delta, u, gates, index, k, step, channels, valid, L, d, ORDERED, WIDE),)
             next_b = tl.load(B + here[0][0] * (g * b_columns) + s, mask=s < n, other=0.0)
             next_c = tl.load(C + here[0][0] * (g * c_columns) + s, mask=s < n, other=0.0)
             for i in tl.static_range(P):
@@ -270,8 +255,7 @@ def chunk_carries(
     dy += r % dy_rows * L * d
     gates = z + r * L * d if GATED else dy
     C += (r * L * g + group) * c_columns
-    inside = _inside(channels, group, d, g)
-    shift = tl.load(bias + k * d + inside)
+    shift = tl.load(bias + k * d + channels, mask=valid, other=0.0)
     for some in range(0, n, N):
         s = some + tl.arange(0, N)
         there = (s < n)[:, None] & valid[None, :]
@@ -281,12 +265,12 @@ def chunk_carries(
         ahead = ()
         for i in tl.static_range(P):
             step = tl.maximum(end - 1 - i, first)
-            ahead += (_taken(delta, dy, gates, index, k, step, inside, L, d, ORDERED, WIDE),)
+            ahead += (_taken(delta, dy, gates, index, k, step, channels, valid, L, d, ORDERED, WIDE),)
         for past in range(0, end - first, P):
             here, ahead, rows = ahead, (), ()
             for i in tl.static_range(P):
                 step = tl.maximum(end - 1 - past - P - i, first)
-                ahead += (_taken(delta, dy, gates, index, k, step, inside, L, d, ORDERED, WIDE),)
+                ahead += (_taken(delta, dy, gates, index, k, step, channels, valid, L, d, ORDERED, WIDE),)
                 rows += (tl.load(C + here[i][0] * (g * c_columns) + s, mask=s < n, other=0.0),)
             for i in tl.static_range(P):
                 _, raw, g_y, gate = here[i]
@@ -316,6 +300,8 @@ def _gradients_of(
     sum_x, sum_dt, sum_out = total + 3 * r * L * d, total + (3 * r + 1) * L * d, total + (3 * r + 2) * L * d
     u += row
     delta += row
+    dy += row_dy
+    gates = z + row if GATED else dy
     B += (r * L * g + group) * b_columns
     C += (r * L * g + group) * c_columns
     dB += ((part * R + r) * L * g + group) * n
@@ -343,17 +329,16 @@ def _gradients_of(
             tl.store(kept, state)
             for following in range(1, tl.cdiv(end - first, P)):
                 begin = first + (following - 1) * P
-                ahead = ()
+                here, rows = (), ()
                 for i in tl.static_range(P):
-                    ahead += (
-                        _loaded(
-                            u, delta, B, index, k, begin + i, begin + i < end, channels, valid, s, L, d, n,
-                            g * b_columns, ORDERED, WIDE,
-                        ),
-                    )  # fmt: skip
+                    taken = _taken(delta, u, u, index, k, begin + i, channels, valid, L, d, ORDERED, WIDE)
+                    here += (taken,)
+                    rows += (tl.load(B + taken[0] * (g * b_columns) + s, mask=s < n, other=0.0),)
                 for i in tl.static_range(P):
-                    _, raw, x, b = ahead[i]
-                    state, _, _ = _stepped(state, a, shift, begin + i < end, raw, x, b, SOFTPLUS)
+                    _, raw, x, _ = here[i]
+                    state, _, _ = _stepped(
+                        state, a, shift, True, raw, x, rows[i], SOFTPLUS
+                    )  # all but the last are whole
                 tl.store(kept + following * (N * W), state)
             tl.debug_barrier()  # of few states several lanes hold one
             last = tl.cdiv(end - first, P) - 1
@@ -361,31 +346,29 @@ def _gradients_of(
                 piece = last - past
                 state = tl.load(kept + piece * (N * W))
                 begin = first + piece * P
-                ahead, behind, states, dts = (), (), (state,), ()
+                here, behind, states, dts = (), (), (state,), ()
                 for i in tl.static_range(P):
-                    live = begin + i < end
-                    here = _loaded(
-                        u, delta, B, index, k, begin + i, live, channels, valid, s, L, d, n, g * b_columns, ORDERED,
-                        WIDE,
-                    )  # fmt: skip
-                    at = here[0] * d + channels
-                    g_y = tl.load(dy + row_dy + at, mask=valid & live, other=0.0)
-                    gate = tl.load(z + row + at, mask=valid & live, other=0.0) if GATED else g_y
-                    c = tl.load(C + here[0] * (g * c_columns) + s, mask=(s < n) & live, other=0.0)
-                    ahead, behind = ahead + (here,), behind + ((g_y, gate, c),)
+                    taken = _taken(
+                        delta, u, gates, index, k, tl.minimum(begin + i, end - 1), channels, valid, L, d, ORDERED, WIDE
+                    )
+                    here += (taken,)
+                    g_y = tl.load(dy + taken[0] * d + channels, mask=valid, other=0.0)
+                    b = tl.load(B + taken[0] * (g * b_columns) + s, mask=s < n, other=0.0)
+                    c = tl.load(C + taken[0] * (g * c_columns) + s, mask=s < n, other=0.0)
+                    behind += ((g_y, b, c),)
                 for i in tl.static_range(P):
-                    _, raw, x, b = ahead[i]
-                    state, dt, _ = _stepped(state, a, shift, begin + i < end, raw, x, b, SOFTPLUS)
+                    _, raw, x, _ = here[i]
+                    state, dt, _ = _stepped(state, a, shift, begin + i < end, raw, x, behind[i][1], SOFTPLUS)
                     states, dts = states + (state,), dts + (dt,)
                 for i in tl.static_range(P):
                     live = begin + P - 1 - i < end
-                    token, raw, x, b = ahead[P - 1 - i]
-                    g_out, gate, c = behind[P - 1 - i]
+                    token, raw, x, gate = here[P - 1 - i]
+                    g_out, b, c = behind[P - 1 - i]
                     at = token * d + channels
                     mask, mask_s = valid & live, (s < n) & live
                     dt, x, b, c = dts[P - 1 - i], x.to(tl.float32), b.to(tl.float32), c.to(tl.float32)
                     decay = tl.exp2(a * dt[None, :])
-                    g_y = _before_gate(g_out, gate, GATED)
+                    g_y = tl.where(live, _before_gate(g_out, gate, GATED), 0.0)
                     g_state += g_y[None, :] * c[:, None]
                     g_b = tl.sum(g_state * (dt * x)[None, :], axis=1)
                     g_c = tl.sum(states[P - i] * g_y[None, :], axis=1)
