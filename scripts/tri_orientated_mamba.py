@@ -113,8 +113,7 @@ class ToM(nn.Module):
         """
         spatial_shape = x.shape[2:]
         y = oriented_mixer(
-            self.norm(x.flatten(2).transpose(1, 2)),  # b c d h w -> b (d h w) c
-            self.in_proj.weight,
+            *self._in_proj(self.norm(x.flatten(2).transpose(1, 2))),  # b c d h w -> b (d h w) c
             self.conv_weight,
             self.conv_bias,
             self.x_proj_weight,
@@ -130,6 +129,17 @@ class ToM(nn.Module):
         if not x.is_contiguous(memory_format=torch.channels_last_3d):
             y = y.contiguous()
         return x + y if self.residual else y
+
+    def _in_proj(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        The tokens and the weight of ``in_proj``, which an engine may take in two halves; or x and z, made here, where
+        it is more than a weight: wrapped by an adapter, quantised, with hooks.
+        """
+        linear = self.in_proj
+        hooks = [linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks]
+        if type(linear) is nn.Linear and linear.bias is None and not any(hooks):
+            return tokens, linear.weight
+        return linear(tokens), None
 
     def extra_repr(self) -> str:
         return f"orders={self.orders}, residual={self.residual}, scan_engine={self.scan_engine!r}"

@@ -16,6 +16,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import prune
 
 from scripts.segresmamba import SegResMamba
 from scripts.selective_scan import SCAN_ORDERS, available_engines
@@ -139,7 +141,7 @@ def test_float64_equals_the_plain_one(engine, orders, size):
         (8, {"orders": ("hwd", "-whd")}),
         (8, {"expand": 1}),  # an inner width that no SIMD block fills
         (12, {"d_state": 5, "d_conv": 2, "expand": 3}),
-        (40, {"d_state": 16, "d_conv": 3, "residual": True}),
+        (40, {"d_state": 16, "d_conv": 3, "orders": ("reverse",), "residual": True}),
         (16, {"d_conv": 1, "dt_rank": 5, "orders": ("-dwh",)}),
     ],
     ids=str,
@@ -256,7 +258,7 @@ def test_output_has_the_memory_format_of_the_input(engine, channels_last):
     [(e, t) for e in ENGINES for t in (torch.bfloat16, torch.float16) if e != "triton" or t == torch.float16],
 )
 def test_half_precision(engine, dtype):
-    tom, x = make(16, scan_engine=engine), torch.randn(2, 16, 3, 2, 3)
+    tom, x = make(16, scan_engine=engine), torch.randn(1, 16, 3, 2, 3)
     expected = tom(x)
     with torch.autocast("cpu", dtype):
         y = tom(x)
@@ -281,6 +283,48 @@ def test_engines_agree_in_a_whole_network():
         for name, e in expected.items():
             error = (result[name] - e).abs().max() / (e.abs().max() if name == "y" else scale)
             assert error < 1e-4, f"{engine}, {name}: {error:.2e}"
+
+
+class TestInProj:
+    """Engines may take its weight in two halves, but only where it is all that in_proj does."""
+
+    class Adapter(nn.Module):
+        """As those of PEFT: the weight that it shows is not all that it does."""
+
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base, self.low = base, nn.Parameter(0.1 * torch.randn(base.out_features, base.in_features))
+
+        @property
+        def weight(self) -> torch.Tensor:
+            return self.base.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base(x) + F.linear(x, self.low)
+
+    @pytest.mark.parametrize("engine", ENGINES)
+    def test_an_adapter_is_used_and_trained(self, engine):
+        plain, adapted = make(16, scan_engine=engine), make(16, scan_engine=engine)
+        adapted.in_proj = self.Adapter(adapted.in_proj)
+        with torch.no_grad():
+            plain.in_proj.weight += adapted.in_proj.low
+        x = torch.randn(1, 16, 2, 1, 3)
+        actual, expected = run(adapted, adapted, x), run(plain, plain, x)
+        expected["in_proj.low"] = expected["in_proj.base.weight"] = expected.pop("in_proj.weight")
+        assert_close(actual, expected, 1e-5)
+
+    def test_a_bias_and_hooks_work(self):
+        x, called = torch.randn(1, 16, 2, 1, 3), []
+        tom = make(16)
+        expected = tom(x)
+        tom.in_proj.register_forward_hook(lambda *_: called.append(True))
+        torch.testing.assert_close(tom(x), expected)
+        assert called
+        tom.in_proj = nn.Linear(16, 64)
+        assert "in_proj.bias" in run(tom, tom, x)
+        prune.l1_unstructured(tom.in_proj, "weight", 0.5)
+        for _ in range(2):  # its hook makes the weight anew
+            tom(x).sum().backward()
 
 
 class TestErrors:

@@ -24,7 +24,7 @@ __all__ = ["oriented_mixer"]
 
 def oriented_mixer(
     tokens: torch.Tensor,
-    in_proj_weight: torch.Tensor,
+    in_proj_weight: torch.Tensor | None,
     conv_weight: torch.Tensor,
     conv_bias: torch.Tensor,
     x_proj_weight: torch.Tensor,
@@ -44,7 +44,7 @@ def oriented_mixer(
 
     Args:
         tokens: in raster order (batch, L, c).
-        in_proj_weight: (2 d, c): of the input x, then of the gate z.
+        in_proj_weight: (2 d, c), of the input x, then of the gate z; None where ``tokens`` are these (batch, L, 2 d).
         conv_weight: (K, d, taps).
         conv_bias: (K, d).
         x_proj_weight: (K, dt_rank + 2 n, d).
@@ -63,14 +63,17 @@ def oriented_mixer(
         ValueError: when shapes do not fit or an order or engine is unknown.
         RuntimeError: when the engine is not available here.
     """
-    if in_proj_weight.shape != (2 * conv_weight.shape[1], tokens.shape[-1]) or conv_weight.shape[0] != len(orders):
+    c, d = tokens.shape[-1], conv_weight.shape[1]
+    projected = (c, c) if in_proj_weight is None else tuple(in_proj_weight.shape)
+    if projected != (2 * d, c) or conv_weight.shape[0] != len(orders):
         raise ValueError(
-            f"tokens must be (batch, L, c), in_proj_weight (2 d, c) and the parameters (K = {len(orders)} orders, d, "
-            f"...), got {tuple(tokens.shape)}, {tuple(in_proj_weight.shape)} and {tuple(conv_weight.shape)}."
+            f"tokens must be (batch, L, c), in_proj_weight (2 d, c), or None where c = 2 d, and the parameters (K = "
+            f"{len(orders)} orders, d, ...), got {tuple(tokens.shape)}, "
+            f"{None if in_proj_weight is None else projected} and {tuple(conv_weight.shape)}."
         )
     if 0 in (*tokens.shape, *conv_weight.shape, dt_proj_weight.shape[2], A.shape[2]):
         raise ValueError(
-            f"nothing to scan: tokens {tuple(tokens.shape)}, d {conv_weight.shape[1]}, taps {conv_weight.shape[2]}, "
+            f"nothing to scan: tokens {tuple(tokens.shape)}, d {d}, taps {conv_weight.shape[2]}, "
             f"dt_rank {dt_proj_weight.shape[2]}, n {A.shape[2]}; none may be empty, nor 0."
         )
     indices = [index_for(order, spatial_shape, tokens.shape[1], tokens.device) for order in orders]
@@ -79,7 +82,7 @@ def oriented_mixer(
         parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D)
         return module.mixer(tokens, in_proj_weight, *parameters, indices)
 
-    x, z = F.linear(tokens, in_proj_weight).chunk(2, dim=-1)
+    x, z = (tokens if in_proj_weight is None else F.linear(tokens, in_proj_weight)).chunk(2, dim=-1)
     dt_rank, n = dt_proj_weight.shape[2], A.shape[2]
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         y = _in_one_scan(

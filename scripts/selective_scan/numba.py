@@ -55,7 +55,7 @@ def scan(
 
 def mixer(
     tokens: torch.Tensor,
-    in_proj_weight: torch.Tensor,
+    in_proj_weight: torch.Tensor | None,
     conv_weight: torch.Tensor,
     conv_bias: torch.Tensor,
     x_proj_weight: torch.Tensor,
@@ -73,7 +73,7 @@ def mixer(
     (dt_rank + 2 n) for dt, B and C + K n d / 64 for the chunks' first states); the convolution and the scan are
     recomputed.
     """
-    xz = F.linear(tokens, in_proj_weight)
+    xz = tokens if in_proj_weight is None else F.linear(tokens, in_proj_weight)
     dtype = xz.dtype
     tensors = (xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D)
     with torch.autocast("cpu", enabled=False):

@@ -56,7 +56,7 @@ def scan(
 
 def mixer(
     tokens: torch.Tensor,
-    in_proj_weight: torch.Tensor,
+    in_proj_weight: torch.Tensor | None,
     conv_weight: torch.Tensor,
     conv_bias: torch.Tensor,
     x_proj_weight: torch.Tensor,
@@ -71,16 +71,19 @@ def mixer(
     and the three passes of the scan; the projections between, and the sum, are PyTorch's. Of large volumes one order is
     taken after the other, which takes less memory.
 
-    Autograd keeps, in bytes a token beside the tokens and the parameters, with e bytes an element of x: e * (2 d for x
-    and z + d for the sum) + K n d / 32 for the chunks' first states (for up to 128 channels, twice as much for up to
-    256, then eight times). The convolution, the projections and the scan are recomputed. The gate is made after the
+    Autograd keeps, in bytes a token beside the parameters, with e bytes an element of x: e * (c for the tokens + 2 d
+    for x and z + d for the sum) + K n d / 32 for the chunks' first states (for up to 128 channels, twice as much for up
+    to 256, then eight times). The convolution, the projections and the scan are recomputed. The gate is made after the
     scan, so that its backward, which comes first, lets z and the sum go. Order by order, the gradient of x is rounded
     to its dtype after each order.
     """
-    if torch.is_autocast_enabled(tokens.device.type):  # once for both halves of in_proj
-        tokens = tokens.to(torch.get_autocast_dtype(tokens.device.type))
-    x_weight, z_weight = in_proj_weight.chunk(2)
-    x = F.linear(tokens, x_weight)
+    if in_proj_weight is None:
+        x, z = tokens.chunk(2, dim=-1)
+    else:
+        if torch.is_autocast_enabled(tokens.device.type):  # once for both halves
+            tokens = tokens.to(torch.get_autocast_dtype(tokens.device.type))
+        x_weight, z_weight = in_proj_weight.chunk(2)
+        x = F.linear(tokens, x_weight)
     index = inverse = None  # all orders are the raster's
     if any(i is not None for i in indices):
         index, inverse = order_steps(indices, x.shape[1], x.device)
@@ -94,8 +97,8 @@ def mixer(
     matrices = (x_proj_weight.to(x.dtype), dt_proj_weight.to(x.dtype))
     vectors = (dt_proj_bias.float(), A.float(), D.float())
     conv_bias = conv_bias.float().contiguous()
-    total = mixer_operator(x.contiguous(), weight, conv_bias, *matrices, *vectors, index, inverse)[0]
-    return gate_operator(total, F.linear(tokens, z_weight).contiguous())
+    total, _ = mixer_operator(x, weight, conv_bias, *matrices, *vectors, index, inverse)
+    return gate_operator(total, z if in_proj_weight is None else F.linear(tokens, z_weight))
 
 
 def _int32(index: torch.Tensor | None) -> torch.Tensor | None:

@@ -43,6 +43,7 @@ def mixer_operator(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the sum over the orders (batch, L, d), not yet gated, and for the backward the chunks' first states."""
     (batch, length, d), K, n = x.shape, len(A), A.shape[2]
+    x = x.contiguous()
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         y, starts = x.new_empty(K, batch, length, d), chunk_states(x, K * batch, length, n, d).unflatten(0, (K, -1))
         for part in _parts(K, x.numel()):
@@ -74,8 +75,9 @@ def _mixer_backward(
 ) -> list[torch.Tensor]:
     (batch, length, _), (K, taps, d) = x.shape, conv_weight.shape
     parameters = (conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)
+    x, dy = x.contiguous(), dy.contiguous()
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
-        dy, dx = dy.contiguous(), torch.empty_like(x)
+        dx = torch.empty_like(x)
         gradients: list[list[torch.Tensor]] = []
         for part in _parts(K, x.numel()):
             by_order = (*parameters, index, starts.unflatten(0, (K, batch)))
@@ -112,7 +114,8 @@ torch.library.register_autograd("segresmamba::mixer", _backward_mixer, setup_con
 
 @torch.library.custom_op("segresmamba::gate", mutates_args=())
 def gate_operator(total: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """``total * SiLU(z)``, both contiguous and of one shape and dtype; keeps these two alone for the backward."""
+    """``total * SiLU(z)``, of one shape and dtype; keeps these two alone for the backward."""
+    total, z = total.contiguous(), z.contiguous()
     with torch.cuda.device_of(z):
         out = torch.empty_like(total)
         kernels.gate_forward[_gate_grid(out)](total, z, out, out.numel(), W=_GATE)
@@ -121,21 +124,21 @@ def gate_operator(total: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
 
 @gate_operator.register_fake
 def _(total, z):
-    return torch.empty_like(total)
+    return torch.empty_like(total, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("segresmamba::gate_backward", mutates_args=())
 def _gate_backward(total: torch.Tensor, z: torch.Tensor, dout: torch.Tensor) -> list[torch.Tensor]:
+    total, z, dout = total.contiguous(), z.contiguous(), dout.contiguous()
     with torch.cuda.device_of(z):
         dtotal, dz = torch.empty_like(total), torch.empty_like(z)
-        grid = _gate_grid(dz)
-        kernels.gate_backward[grid](total, z, dout.contiguous(), dtotal, dz, dz.numel(), W=_GATE)
+        kernels.gate_backward[_gate_grid(dz)](total, z, dout, dtotal, dz, dz.numel(), W=_GATE)
     return [dtotal, dz]
 
 
 @_gate_backward.register_fake
 def _(total, z, dout):
-    return [torch.empty_like(total), torch.empty_like(z)]
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (total, z)]
 
 
 def _setup_gate(ctx, inputs, output):
