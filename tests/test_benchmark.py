@@ -61,6 +61,28 @@ def test_a_trial_of_the_gpu_benchmark_on_the_cpu(bundle_root, tmp_path):
     assert len(rows) == 3 * 2 + 3 + 1 + 2  # three heads of two lines, and what was measured
 
 
+def test_a_network_that_does_not_fit_is_said_and_left_out(monkeypatch, tmp_path):
+    module = sys.modules[gpu.__module__]
+
+    class Large(torch.nn.Linear):
+        def forward(self, x):
+            if self.training:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+            return x
+
+    def build(overlay: str, *args, **options) -> torch.nn.Module:
+        return Large(1, 1) if overlay == "segresmamba_text" else build_network(overlay, *args, **options)
+
+    monkeypatch.setattr(module, "build_network", build)
+    gpu(rounds=1, device="cpu", tiny=True, output_dir=str(tmp_path), name="trial")
+    networks = json.loads((tmp_path / "gpu-trial.json").read_text())["networks"][0]["networks"]
+    assert "median" in networks["SegResMamba (text)"]["inference"]
+    assert "out of memory" in networks["SegResMamba (text)"]["training"]["error"]
+    assert "median" in networks["SegResMamba (tables)"]["training"]
+    row = next(r for r in (tmp_path / "gpu-trial.md").read_text().splitlines() if r.startswith("| SegResMamba (text)"))
+    assert "| failed: CUDA out of memory |" in row and row.endswith(", - |")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 def test_without_a_gpu_it_says_so(tmp_path):
     with pytest.raises(ValueError, match="no CUDA device is here"):

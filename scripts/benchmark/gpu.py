@@ -22,7 +22,7 @@ from scripts.selective_scan import available_engines, selective_scan_channels_la
 from scripts.tri_orientated_mamba import ToM
 
 from .composed import ComposedToM, causal_convolution
-from .measuring import describe, file_name, interleaved, machine, wall_clock, write_results
+from .measuring import describe, file_name, interleaved, machine, release_memory, wall_clock, write_results
 from .networks import build_network
 from .papers import load_papers
 from .steps import inference_step, training_step
@@ -62,7 +62,8 @@ def gpu(
     """
     What the scan engines, a ToM and whole networks cost on a GPU, side by side: the op alone at ToM's shapes, ToM on
     each engine, SegResMamba against MONAI's networks under autocast. Medians of calls in turn, timed by CUDA events,
-    the op's inputs rotated past the L2 cache. Needs a few minutes.
+    the op's inputs rotated past the L2 cache. Needs a few minutes. A network that fails, most often for want of memory,
+    is said to and left out.
 
     Args:
         rounds: timed calls of each row of the op and of ToM; a network is timed a third as often.
@@ -105,11 +106,18 @@ class _Bench:
         rate = int(self.machine["multiprocessors"]) * _SFU_LANES * int(self.machine["largest clock, MHz"]) * 1e6
         return {"bytes": 2 * source.nbytes / seconds, "exponentials": rate}
 
-    def time(self, title: str, functions: Mapping[str, Callable[[], object]], rounds: int, ahead: bool = False) -> dict:
+    def time(
+        self,
+        title: str,
+        functions: Mapping[str, Callable[[], object]],
+        rounds: int,
+        ahead: bool = False,
+        errors: dict[str, str] | None = None,
+    ) -> dict:
         """``ahead``: without what the processor takes to launch, where the GPU would wait for it."""
         clock = partial(self._events, ahead=ahead) if self.cuda else wall_clock
         few = ["chunked"] if self.cuda else []  # a hundred times slower there
-        return interleaved(title, functions, rounds, few, clock)
+        return interleaved(title, functions, rounds, few, clock, errors)
 
     def _events(self, function: Callable[[], object], ahead: bool) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -207,27 +215,32 @@ class _Bench:
         return torch.float16 if self.cuda else torch.bfloat16
 
     def networks(self) -> list[dict]:
-        """Whole networks, batch 1, one after the other, since a GPU need not hold them all."""
+        """Whole networks, batch 1, one after the other, since a GPU need not hold them all, nor any of them."""
         rows = []
         for side, classes in ((32, 2),) if self.tiny else ((128, 14), (96, 2)):
-            size = (side,) * 3
-            x = torch.rand(1, 1, *size, device=self.device)
-            table: dict[str, dict] = {}
+            x = torch.rand(1, 1, side, side, side, device=self.device)
+            table = {}
             for label, (overlay, own) in (_TINY_NETWORKS if self.tiny else _NETWORKS).items():
-                network = build_network(overlay, 1, classes, size, overrides=own).to(self.device)
-                infer = partial(inference_step, network.eval(), x, self._half())
-                train = partial(training_step, network, x, self._half())
-                rounds = max(1, self.rounds // 3)
-                row = {"inference": self.time(f"{label} {side}^3", {label: infer}, rounds)[label]}
-                network.train()
-                row["training"] = self.time(f"{label} {side}^3, training", {label: train}, rounds)[label]
-                row["inference peak bytes"] = self.peak(infer)
-                row["training peak bytes"] = self.peak(train)
-                row["parameters"] = sum(p.numel() for p in network.parameters())
-                table[label] = row
-                del network, infer, train
+                network = build_network(overlay, 1, classes, tuple(x.shape[2:]), overrides=own).to(self.device)
+                table[label] = self._network(f"{label} {side}^3", network, x)
+                del network
+                release_memory(self.device)
             rows.append({"size": side, "classes": classes, "networks": table})
         return rows
+
+    def _network(self, title: str, network: torch.nn.Module, x: torch.Tensor) -> dict[str, Any]:
+        """Its parameters; of inference and training the times and peak, or why a step failed, most often for memory."""
+        row: dict[str, Any] = {"parameters": sum(p.numel() for p in network.parameters())}
+        for name, step in (("inference", inference_step), ("training", training_step)):
+            network.train(name == "training").zero_grad(set_to_none=True)
+            call = partial(step, network, x, self._half())
+            errors: dict[str, str] = {}
+            timed = self.time(f"{title}, {name}", {name: call}, max(1, self.rounds // 3), errors=errors)
+            if errors:
+                row[name] = {"error": errors[name]}
+            else:
+                row |= {name: timed[name], f"{name} peak bytes": self.peak(call)}
+        return row
 
 
 def _ratios(row: dict, engine: str, calls: Sequence[str]) -> str:
@@ -238,6 +251,14 @@ def _ratios(row: dict, engine: str, calls: Sequence[str]) -> str:
     if row["peak bytes"]["triton"]:
         pairs.append((row["peak bytes"][engine], row["peak bytes"]["triton"]))
     return ", ".join(f"{a / b:.2f}" for a, b in pairs)
+
+
+def _shares(own: dict, other: dict) -> str:
+    """Of a network's times, and peak, in another's; a dash where one of them failed."""
+    pairs = [(own[key].get("median"), other[key].get("median")) for key in ("inference", "training")]
+    peaks = (own.get("training peak bytes"), other.get("training peak bytes"))
+    pairs += [peaks] if peaks != (None, None) else []
+    return ", ".join(f"{a / b:.3f}" if a and b else "-" for a, b in pairs)
 
 
 def _markdown(results: dict) -> str:
@@ -253,6 +274,8 @@ def _markdown(results: dict) -> str:
         return "" if value is None else f"{value / 2**20:,.0f}"
 
     def milli(row: dict) -> str:
+        if "error" in row:
+            return f"failed: {row['error'].split('.')[0]}"
         return f"{row['median'] * 1e3:.3f} ({row['min'] * 1e3:.3f} to {row['max'] * 1e3:.3f})"
 
     lines += ["", "**Selective scan, n 16, raster order**", ""]
@@ -291,17 +314,13 @@ def _markdown(results: dict) -> str:
             rows.append(cells)
     lines.append(markdown_table(head, rows))
     for row in results["networks"]:
-        own = row["networks"]["SegResMamba (tables)"]
         lines += ["", f"**Networks, {row['size']}^3, 1 to {row['classes']} classes, batch 1, autocast**", ""]
         head = ["network", "parameters, M", "inference, ms", "training step, ms", "training peak, MiB"]
         head.append("SegResMamba (tables) / it: inference, training, training peak")
         rows = []
         for label, other in row["networks"].items():
-            shares = [own[key]["median"] / other[key]["median"] for key in ("inference", "training")]
-            if other["training peak bytes"]:
-                shares.append(own["training peak bytes"] / other["training peak bytes"])
             cells = [label, f"{other['parameters'] / 1e6:.2f}", milli(other["inference"]), milli(other["training"])]
-            cells += [mib(other["training peak bytes"]), ", ".join(f"{share:.3f}" for share in shares)]
+            cells += [mib(other.get("training peak bytes")), _shares(row["networks"]["SegResMamba (tables)"], other)]
             rows.append(cells)
         lines.append(markdown_table(head, rows))
     papers = load_papers()["BTCV"]
