@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 from functools import cache, partial
+from types import SimpleNamespace
 
 import pytest
 import thop
@@ -29,7 +30,7 @@ from scripts.benchmark.composed import ComposedToM, _convolution
 from scripts.benchmark.efficiency import count, efficiency
 from scripts.benchmark.energy import co2_as_in_the_paper
 from scripts.benchmark.gpu import _ratios, gpu
-from scripts.benchmark.measuring import interleaved
+from scripts.benchmark.measuring import interleaved, machine
 from scripts.benchmark.networks import build_network, network_names
 from scripts.benchmark.page import page
 from scripts.benchmark.papers import load_papers
@@ -61,7 +62,7 @@ def test_a_trial_of_the_gpu_benchmark_on_the_cpu(bundle_root, tmp_path):
     assert len(rows) == 3 * 2 + 3 + 1 + 2  # three heads of two lines, and what was measured
 
 
-def test_a_network_that_does_not_fit_is_said_and_left_out(monkeypatch, tmp_path):
+def test_what_fails_is_said_and_left_out(monkeypatch, tmp_path):
     module = sys.modules[gpu.__module__]
 
     class Large(torch.nn.Linear):
@@ -73,14 +74,34 @@ def test_a_network_that_does_not_fit_is_said_and_left_out(monkeypatch, tmp_path)
     def build(overlay: str, *args, **options) -> torch.nn.Module:
         return Large(1, 1) if overlay == "segresmamba_text" else build_network(overlay, *args, **options)
 
+    def scan(*tensors, **options):
+        raise ArithmeticError("ptxas failed.")  # as Triton's, no RuntimeError
+
     monkeypatch.setattr(module, "build_network", build)
+    monkeypatch.setattr(module, "selective_scan_channels_last", scan)
     gpu(rounds=1, device="cpu", tiny=True, output_dir=str(tmp_path), name="trial")
-    networks = json.loads((tmp_path / "gpu-trial.json").read_text())["networks"][0]["networks"]
+    results, table = json.loads((tmp_path / "gpu-trial.json").read_text()), (tmp_path / "gpu-trial.md").read_text()
+    assert all(row["errors"] == {"chunked": "ptxas failed."} for row in results["scan"]) and results["tom"]
+    assert table.count("| chunked | failed: ptxas failed |") == 3
+    networks = results["networks"][0]["networks"]
     assert "median" in networks["SegResMamba (text)"]["inference"]
     assert "out of memory" in networks["SegResMamba (text)"]["training"]["error"]
     assert "median" in networks["SegResMamba (tables)"]["training"]
-    row = next(r for r in (tmp_path / "gpu-trial.md").read_text().splitlines() if r.startswith("| SegResMamba (text)"))
+    row = next(r for r in table.splitlines() if r.startswith("| SegResMamba (text)"))
     assert "| failed: CUDA out of memory |" in row and row.endswith(", - |")
+
+
+@pytest.mark.parametrize("answer", ["", "580.1, 1980", "580.1, [N/A]"])
+def test_a_gpu_is_described_as_far_as_nvidia_smi_says(monkeypatch, tmp_path, answer):
+    if answer:  # else there is none, as in many a container
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{answer}'\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    properties = SimpleNamespace(name="Some GPU", multi_processor_count=4, L2_cache_size=2**20, uuid="1a2b-3c")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = machine("cuda")
+    assert found["name"] == "Some GPU" and found.get("driver") == (answer[:5] or None)
+    assert found.get("largest clock, MHz") == (1980 if "1980" in answer else None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")

@@ -153,6 +153,7 @@ def test_an_arm_that_evaluates_the_weights_of_another(tmp_path):
 def test_a_run_that_failed_before_it_began_keeps_no_settings(plan, phantom_dir, tmp_path, monkeypatch):
     """So that a typo does not stand in the way of what was meant."""
     monkeypatch.chdir(BUNDLE_ROOT)
+    plan.write_text(json.dumps({**PLAN, "folds": 0}))
     places = [str(phantom_dir), str(tmp_path / "runs"), str(tmp_path / "results")]
     folder = tmp_path / "runs" / "plain-fold0-seed0"
     folder.mkdir(parents=True)

@@ -10,8 +10,8 @@
 # limitations under the License.
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -22,7 +22,16 @@ from scripts.selective_scan import available_engines, selective_scan_channels_la
 from scripts.tri_orientated_mamba import ToM
 
 from .composed import ComposedToM, causal_convolution
-from .measuring import describe, file_name, interleaved, machine, release_memory, wall_clock, write_results
+from .measuring import (
+    describe,
+    file_name,
+    interleaved,
+    machine,
+    pick_device,
+    release_memory,
+    wall_clock,
+    write_results,
+)
 from .networks import build_network
 from .papers import load_papers
 from .steps import inference_step, training_step
@@ -62,8 +71,8 @@ def gpu(
     """
     What the scan engines, a ToM and whole networks cost on a GPU, side by side: the op alone at ToM's shapes, ToM on
     each engine, SegResMamba against MONAI's networks under autocast. Medians of calls in turn, timed by CUDA events,
-    the op's inputs rotated past the L2 cache. Needs a few minutes. A network that fails, most often for want of memory,
-    is said to and left out.
+    the op's inputs rotated past the L2 cache. What fails, most often for want of memory, is said to and left out; what
+    has been measured is written at once.
 
     Args:
         rounds: timed calls of each row of the op and of ToM; a network is timed a third as often.
@@ -77,13 +86,18 @@ def gpu(
     """
     if device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"no CUDA device is here, so nothing can be measured on {device!r}.")
+    if pick_device(device) != "cpu":
+        torch.cuda.set_device(device if ":" in device else 0)  # events and the allocator are the current device's
     torch.manual_seed(0)
     bench = _Bench(torch.device(device), rounds, tiny)
     results: dict[str, Any] = {"machine": bench.machine, "ceilings": bench.ceilings()}
-    results |= {"causal convolution": causal_convolution()[0], "scan": [], "tom": [], "networks": []}
-    for part in ("networks", "tom", "scan"):  # what has been measured stays, should a later part fail or take too long
-        results[part] = getattr(bench, part)()
-        write_results(results, _markdown(results), f"gpu-{name or file_name(results['machine']['name'])}", output_dir)
+    results |= {"causal convolution": causal_convolution()[0], "seconds": 0.0, "scan": [], "tom": [], "networks": []}
+    start, file = time.perf_counter(), f"gpu-{name or file_name(results['machine']['name'])}"
+    for part in ("networks", "tom", "scan"):
+        for rows in getattr(bench, part)():
+            results |= {part: rows, "seconds": round(time.perf_counter() - start, 1)}
+            write_results(results, _markdown(results), file, output_dir, quiet=True)
+    write_results(results, _markdown(results), file, output_dir)
 
 
 class _Bench:
@@ -103,8 +117,10 @@ class _Bench:
         source = torch.empty(2**28, device=self.device)
         target = torch.empty_like(source)
         seconds = self.time("copy", {"copy": lambda: target.copy_(source)}, self.rounds)["copy"]["median"]
-        rate = int(self.machine["multiprocessors"]) * _SFU_LANES * int(self.machine["largest clock, MHz"]) * 1e6
-        return {"bytes": 2 * source.nbytes / seconds, "exponentials": rate}
+        ceilings = {"bytes": 2 * source.nbytes / seconds}
+        if (clock := self.machine.get("largest clock, MHz")) is not None:
+            ceilings["exponentials"] = int(self.machine["multiprocessors"]) * _SFU_LANES * int(clock) * 1e6
+        return ceilings
 
     def time(
         self,
@@ -130,14 +146,16 @@ class _Bench:
         end.synchronize()
         return start.elapsed_time(end) / 1000
 
-    def peak(self, function: Callable[[], object]) -> int | None:
-        """Bytes that a call allocates at its peak beside what is there before it."""
+    def allocated(self) -> int:
+        release_memory(self.device)
+        return torch.cuda.memory_allocated() if self.cuda else 0
+
+    def peak(self, function: Callable[[], object], before: int | None = None) -> int | None:
+        """Bytes that are allocated at a call's peak beyond those ``before``, by default at its start."""
         if not self.cuda:
             return None
-        gc.collect()
-        torch.cuda.synchronize()
+        before = self.allocated() if before is None else before
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
@@ -149,9 +167,9 @@ class _Bench:
         turn = iter(range(2**62))
         return lambda: sets[next(turn) % len(sets)]
 
-    def scan(self) -> list[dict]:
-        """The op alone, in raster order."""
-        rows = []
+    def scan(self) -> Iterator[list[dict]]:
+        """The op alone, in raster order; the rows so far, as those of the parts below."""
+        rows: list[dict] = []
         for batch, size, d in [(1, (2, 3, 4), 16)] if self.tiny else _SHAPES:
             for dtype in (torch.float16, torch.bfloat16, torch.float32):
                 length = size[0] * size[1] * size[2]
@@ -160,14 +178,22 @@ class _Bench:
                 forward = {e: partial(self._scan_forward, inputs, e) for e in self.engines}
                 both = {e: partial(self._scan_both, inputs, e) for e in self.engines}
                 title = f"scan {size[0]}^3 x {d} {row['dtype']}"
-                row["forward"] = self.time(title, forward, self.rounds, ahead=True)
-                row["forward and backward"] = self.time(f"{title}, backward", both, self.rounds, ahead=True)
-                row["peak bytes"] = {e: self.peak(f) for e, f in both.items()}
+                row |= self._calls(title, {"forward": forward, "forward and backward": both})
                 e = torch.empty((), dtype=dtype).element_size()
                 row["bytes"] = batch * length * e * (3 * d + 2 * _STATES)
                 row["exponentials"] = batch * length * d * _STATES
                 rows.append(row)
-        return rows
+                yield rows
+
+    def _calls(self, title: str, calls: Mapping[str, Mapping[str, Callable[[], object]]]) -> dict[str, Any]:
+        """Of the engines that did not fail, the times of each call and the peak of the last; the others' errors."""
+        errors: dict[str, str] = {}
+        row: dict[str, Any] = {}
+        for name, functions in calls.items():
+            left = {e: f for e, f in functions.items() if e not in errors}
+            row[name] = self.time(f"{title}, {name}", left, self.rounds, ahead=True, errors=errors)
+        row = {name: {e: timed[e] for e in timed if e not in errors} for name, timed in row.items()}
+        return row | {"peak bytes": {e: self.peak(functions[e]) for e in row[name]}, "errors": errors}
 
     def _scan_inputs(self, batch: int, length: int, d: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         draw = partial(torch.randn, device=self.device)
@@ -189,9 +215,9 @@ class _Bench:
         y = scan(**tensors, delta_softplus=True, engine=engine)
         torch.autograd.grad(y, list(tensors.values()), torch.ones_like(y))
 
-    def tom(self) -> list[dict]:
+    def tom(self) -> Iterator[list[dict]]:
         """One ToM under autocast; on ``mamba_ssm`` it is composed of that scan and copies, flipped or permuted."""
-        rows = []
+        rows: list[dict] = []
         for channels, size in ((8, (2, 3, 4)),) if self.tiny else ((48, (64, 64, 64)), (96, (32, 32, 32))):
             layers: dict[str, torch.nn.Module]
             layers = {e: ToM(channels, scan_engine=e).to(self.device) for e in self.engines}
@@ -203,33 +229,32 @@ class _Bench:
             x = torch.randn(1, channels, *size, device=self.device)
             forward = {e: partial(inference_step, layer, x, self._half()) for e, layer in layers.items()}
             train = {e: partial(training_step, layer, x, self._half()) for e, layer in layers.items()}
-            title = f"ToM {channels} x {size[0]}^3"
-            row = {"channels": channels, "size": size}
-            row["forward"] = self.time(title, forward, self.rounds, ahead=True)
-            row["training"] = self.time(f"{title}, training", train, self.rounds, ahead=True)
-            row["peak bytes"] = {e: self.peak(f) for e, f in train.items()}
-            rows.append(row)
-        return rows
+            calls = self._calls(f"ToM {channels} x {size[0]}^3", {"forward": forward, "training": train})
+            rows.append({"channels": channels, "size": size, **calls})
+            yield rows
 
     def _half(self) -> torch.dtype:
         return torch.float16 if self.cuda else torch.bfloat16
 
-    def networks(self) -> list[dict]:
+    def networks(self) -> Iterator[list[dict]]:
         """Whole networks, batch 1, one after the other, since a GPU need not hold them all, nor any of them."""
-        rows = []
+        rows: list[dict] = []
         for side, classes in ((32, 2),) if self.tiny else ((128, 14), (96, 2)):
             x = torch.rand(1, 1, side, side, side, device=self.device)
-            table = {}
-            for label, (overlay, own) in (_TINY_NETWORKS if self.tiny else _NETWORKS).items():
-                network = build_network(overlay, 1, classes, tuple(x.shape[2:]), overrides=own).to(self.device)
-                table[label] = self._network(f"{label} {side}^3", network, x)
-                del network
-                release_memory(self.device)
+            table: dict[str, dict] = {}
             rows.append({"size": side, "classes": classes, "networks": table})
-        return rows
+            for label, (overlay, own) in (_TINY_NETWORKS if self.tiny else _NETWORKS).items():
+                build = partial(build_network, overlay, 1, classes, (side,) * 3, overrides=own)
+                table[label] = self._network(f"{label} {side}^3", build, x)
+                yield rows
 
-    def _network(self, title: str, network: torch.nn.Module, x: torch.Tensor) -> dict[str, Any]:
-        """Its parameters; of inference and training the times and peak, or why a step failed, most often for memory."""
+    def _network(self, title: str, build: Callable[..., torch.nn.Module], x: torch.Tensor) -> dict[str, Any]:
+        """
+        Its parameters; of inference and training the times and the peak, parameters and gradients among it, or why a
+        step failed, most often for memory.
+        """
+        before = self.allocated()
+        network = build().to(self.device)
         row: dict[str, Any] = {"parameters": sum(p.numel() for p in network.parameters())}
         for name, step in (("inference", inference_step), ("training", training_step)):
             network.train(name == "training").zero_grad(set_to_none=True)
@@ -239,7 +264,7 @@ class _Bench:
             if errors:
                 row[name] = {"error": errors[name]}
             else:
-                row |= {name: timed[name], f"{name} peak bytes": self.peak(call)}
+                row |= {name: timed[name], f"{name} peak bytes": self.peak(call, before)}
         return row
 
 
@@ -261,36 +286,41 @@ def _shares(own: dict, other: dict) -> str:
     return ", ".join(f"{a / b:.3f}" if a and b else "-" for a, b in pairs)
 
 
+def _failed(error: str) -> str:
+    return f"failed: {error.split('.')[0]}"
+
+
 def _markdown(results: dict) -> str:
     ceilings = results["ceilings"]
     lines = [f"Measured on {describe(results['machine'])}."]
     if ceilings:
-        lines[0] += (
-            f" Ceilings: a copy moves {ceilings['bytes'] / 1e9:.0f} GB/s (measured), "
-            f"{ceilings['exponentials'] / 1e12:.2f} T exponentials/s (by the largest clock)."
-        )
+        lines[0] += f" Ceilings: a copy moves {ceilings['bytes'] / 1e9:.0f} GB/s (measured)"
+        if "exponentials" in ceilings:
+            lines[0] += f", {ceilings['exponentials'] / 1e12:.2f} T exponentials/s (by the largest clock)"
+        lines[0] += "."
 
     def mib(value: int | None) -> str:
         return "" if value is None else f"{value / 2**20:,.0f}"
 
     def milli(row: dict) -> str:
         if "error" in row:
-            return f"failed: {row['error'].split('.')[0]}"
+            return _failed(row["error"])
         return f"{row['median'] * 1e3:.3f} ({row['min'] * 1e3:.3f} to {row['max'] * 1e3:.3f})"
 
     lines += ["", "**Selective scan, n 16, raster order**", ""]
     head = ["shape", "dtype", "engine", "forward, ms", "forward and backward, ms", "peak, MiB", "of the nearer ceiling"]
     rows = []
     for row in results["scan"]:
+        shape = f"({row['batch']}, {' x '.join(map(str, row['size']))}, {row['d']})"
         for engine, timed in row["forward"].items():
             share = ""
             if ceilings:
-                least = max(row[what] / ceilings[what] for what in ("bytes", "exponentials"))
+                least = max(row[what] / ceiling for what, ceiling in ceilings.items())
                 share = f"{least / timed['median']:.0%}"
-            shape = f"({row['batch']}, {' x '.join(map(str, row['size']))}, {row['d']})"
             both, peak = row["forward and backward"][engine], mib(row["peak bytes"][engine])
             cells = [shape, row["dtype"], engine, milli(timed), milli(both), peak, share]
             rows.append([*cells, _ratios(row, engine, ("forward", "forward and backward"))])
+        rows += [[shape, row["dtype"], e, _failed(why), "", "", "", ""] for e, why in row.get("errors", {}).items()]
     lines.append(markdown_table([*head, "forward, both, peak / triton"], rows))
     lines += ["", "**ToM, batch 1, autocast**", ""]
     if any("mamba_ssm" in row["forward"] for row in results["tom"]):
@@ -301,8 +331,9 @@ def _markdown(results: dict) -> str:
     head = ["layer", "engine", "forward, ms", "training, ms", "peak, MiB", "forward, training, peak / triton"]
     rows = []
     for row in results["tom"]:
+        layer = f"{row['channels']} channels, {' x '.join(map(str, row['size']))}"
+        rows += [[layer, e, _failed(why), "", "", ""] for e, why in row.get("errors", {}).items()]
         for engine, timed in row["forward"].items():
-            layer = f"{row['channels']} channels, {' x '.join(map(str, row['size']))}"
             cells = [
                 layer,
                 engine,
@@ -315,6 +346,7 @@ def _markdown(results: dict) -> str:
     lines.append(markdown_table(head, rows))
     for row in results["networks"]:
         lines += ["", f"**Networks, {row['size']}^3, 1 to {row['classes']} classes, batch 1, autocast**", ""]
+        lines[-2] += " Of the peak are parameters, their gradients and activations; no optimizer is there."
         head = ["network", "parameters, M", "inference, ms", "training step, ms", "training peak, MiB"]
         head.append("SegResMamba (tables) / it: inference, training, training peak")
         rows = []
@@ -325,7 +357,7 @@ def _markdown(results: dict) -> str:
         lines.append(markdown_table(head, rows))
     papers = load_papers()["BTCV"]
     ours = papers["segresmamba_tables"]
-    for overlay in ("swin_unetr", "segmamba"):
+    for overlay in ("swin_unetr", "segmamba") if results["networks"] else ():
         paper = [f"{key} {ours[key] / papers[overlay][key]:.3f}" for key in ("inference", "memory")]
         lines += ["", f"The paper's own ratios of SegResMamba to {overlay}, on an A100: {', '.join(paper)}."]
     return "\n".join(lines) + "\n"

@@ -58,12 +58,8 @@ def machine(device: str | torch.device = "cpu") -> dict[str, str | int]:
     found: dict[str, str | int] = {"name": processor}
     if torch.device(device).type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader,nounits"]
-        query.append(f"--id={torch.device(device).index or 0}")
-        answer = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split("\n")[0]
-        driver, clock = answer.split(",")
-        found = {"name": properties.name, "multiprocessors": properties.multi_processor_count, "driver": driver.strip()}
-        found |= {"largest clock, MHz": int(clock), "l2": properties.L2_cache_size, "processor": processor}
+        found = {"name": properties.name, "multiprocessors": properties.multi_processor_count}
+        found |= _of_driver(str(properties.uuid)) | {"l2": properties.L2_cache_size, "processor": processor}
     found |= {
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
@@ -75,6 +71,18 @@ def machine(device: str | torch.device = "cpu") -> dict[str, str | int]:
         if (version := _version(package)) is not None:
             found[package] = version
     return found
+
+
+def _of_driver(uuid: str) -> dict[str, str | int]:
+    """The driver's version and a GPU's largest clock, as far as nvidia-smi is there and says so."""
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader,nounits"]
+    try:
+        query.append(f"--id=GPU-{uuid.removeprefix('GPU-')}")
+        answer = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split("\n")[0]
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    driver, clock = (part.strip() for part in answer.split(","))
+    return {"driver": driver} | ({"largest clock, MHz": int(clock)} if clock.isdigit() else {})
 
 
 def _version(package: str) -> str | None:
@@ -191,7 +199,7 @@ def interleaved(
             bar.set_postfix_str(key)
             try:
                 taken = clock(functions[key])
-            except (RuntimeError, MemoryError) as error:
+            except Exception as error:  # Triton's own are no RuntimeErrors
                 if errors is None:
                     raise
                 errors[key] = (str(error).splitlines() or [type(error).__name__])[0]
@@ -210,7 +218,9 @@ def file_name(machine: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in machine).strip("_").lower()
 
 
-def write_results(results: dict, table: str, name: str, output_dir: str, table_csv: str = "") -> None:
+def write_results(
+    results: dict, table: str, name: str, output_dir: str, table_csv: str = "", quiet: bool = False
+) -> None:
     """
     Write ``<name>.json``, ``<name>.md`` and perhaps ``<name>.csv``, each whole or not at all, and print the table.
 
@@ -220,6 +230,7 @@ def write_results(results: dict, table: str, name: str, output_dir: str, table_c
         name: of the files.
         output_dir: of the files; made where it is missing.
         table_csv: the same as comma-separated values.
+        quiet: print nothing.
     """
     texts = {"json": json.dumps(results, indent=4) + "\n", "md": table, "csv": table_csv}
     for suffix, text in texts.items():
@@ -227,5 +238,7 @@ def write_results(results: dict, table: str, name: str, output_dir: str, table_c
             continue
         path = Path(output_dir) / f"{name}.{suffix}"
         write_text(path, text)
-        print(f"written: {path}")
-    print(table)
+        if not quiet:
+            print(f"written: {path}")
+    if not quiet:
+        print(table)
