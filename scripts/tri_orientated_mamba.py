@@ -31,7 +31,8 @@ class ToM(nn.Module):
     everything else, stacked along the first axis of each parameter. The outputs of the orders are summed in raster
     order and gated once, since the gate of a voxel is the same for every order.
 
-    Works on any spatial size: an order is an index over the level's real size and no copy is permuted or flipped.
+    Works on any spatial size: an order is an index over the level's real size and no copy is permuted or flipped. What
+    autograd keeps of a voxel, each engine's ``mixer`` says.
 
     Args:
         channels: number of channels C of the volume.

@@ -37,16 +37,15 @@ def _missing(name: str) -> str | None:
         return "numba is not installed: pip install numba"
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
-            return "Triton is not installed: PyTorch for CUDA on Linux brings it, else pip install triton"
+            return "Triton is not installed: PyTorch for CUDA brings it on Linux; for Windows there is triton-windows"
         if not _interpreted():
             if not torch.cuda.is_available():
                 return "needs a CUDA device"
             try:  # its first launch on a machine builds a small library
                 importlib.import_module("triton.runtime").driver.active.utils  # noqa: B018
             except Exception as error:
-                return (
-                    f"Triton does not start (it needs a C compiler and Python's headers): {str(error).splitlines()[:1]}"
-                )
+                first = next(iter(str(error).splitlines()), type(error).__name__)
+                return f"Triton does not start, often for want of a C compiler or of Python's headers: {first}"
     if name == "mamba_ssm":
         return _load(name).unavailable()
     return None
