@@ -540,6 +540,18 @@ class TestOnAGPU:
             error = (results["triton"][key].float() - e).abs().max() / e.abs().max()
             assert error <= 3 * self.TOLERANCE[dtype or torch.float32], f"{key}: {error:.1e}"
 
+    @pytest.mark.skipif(available_engines("cuda")["mamba_ssm"] is not None, reason="no mamba-ssm with CUDA kernels")
+    @pytest.mark.parametrize("order", ["forward", "reverse", "inter_slice"])
+    def test_mamba_ssm_where_it_is_there(self, order):
+        draw = partial(torch.randn, generator=torch.Generator("cuda").manual_seed(0), device="cuda")
+        tensors = {"u": draw(2, 60, 16), "delta": draw(2, 60, 16) - 2, "A": -draw(16, 8).abs(), "D": draw(16)}
+        tensors |= {"B": draw(2, 60, 8), "C": draw(2, 60, 8), "z": draw(2, 60, 16), "delta_bias": draw(16)}
+        options = {"order": order, "spatial_shape": (3, 4, 5)}
+        actual = self.scan(selective_scan_channels_last, tensors, engine="mamba_ssm", **options)
+        expected = self.scan(selective_scan_channels_last, tensors, engine="chunked", **options)
+        for name, e in expected.items():
+            assert (actual[name] - e).abs().max() <= 2e-5 * e.abs().max(), name
+
     def test_two_runs_are_equal_to_the_bit(self):
         torch.manual_seed(0)
         layer, x = ToM(48, scan_engine="triton").cuda(), torch.randn(1, 48, 64, 64, 32, device="cuda")
