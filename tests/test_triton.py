@@ -408,9 +408,9 @@ class TestCompilers:
                 y = function(self.volume())
             y.float().square().sum().backward()
             results.append([y.detach(), *(p.grad.clone() for p in layer.parameters())])
-        tolerance = {"rtol": 0.05, "atol": 0.05 * float(results[0][0].abs().max())} if half else {}
         for compiled, expected in zip(results[1], results[0]):
-            torch.testing.assert_close(compiled, expected, **tolerance)
+            error = (compiled - expected).abs().max() / expected.abs().max()
+            assert error <= (0.02 if half else 1e-5)
 
     def test_export_holds_the_operator(self, layer):
         program = torch.export.export(layer, (self.volume(),))

@@ -87,7 +87,7 @@ def gpu(
     if device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"no CUDA device is here, so nothing can be measured on {device!r}.")
     if pick_device(device) != "cpu":
-        torch.cuda.set_device(device if ":" in device else 0)  # events and the allocator are the current device's
+        torch.cuda.set_device(torch.device(device).index or 0)  # events and the allocator are the current device's
     torch.manual_seed(0)
     bench = _Bench(torch.device(device), rounds, tiny)
     results: dict[str, Any] = {"machine": bench.machine, "ceilings": bench.ceilings()}

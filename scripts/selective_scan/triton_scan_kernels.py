@@ -334,11 +334,9 @@ def _gradients_of(
                     taken = _taken(delta, u, u, index, k, begin + i, channels, valid, L, d, ORDERED, WIDE)
                     here += (taken,)
                     rows += (tl.load(B + taken[0] * (g * b_columns) + s, mask=s < n, other=0.0),)
-                for i in tl.static_range(P):
+                for i in tl.static_range(P):  # all of them, since pieces before the last are whole
                     _, raw, x, _ = here[i]
-                    state, _, _ = _stepped(
-                        state, a, shift, True, raw, x, rows[i], SOFTPLUS
-                    )  # all but the last are whole
+                    state, _, _ = _stepped(state, a, shift, True, raw, x, rows[i], SOFTPLUS)
                 tl.store(kept + following * (N * W), state)
             tl.debug_barrier()  # of few states several lanes hold one
             last = tl.cdiv(end - first, P) - 1
