@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import http.server
 import importlib.util
@@ -60,8 +61,10 @@ TINY = {
 @pytest.fixture(scope="session", autouse=True)
 def fast_interpreter():
     """
-    Triton's interpreter goes through a scan element by element: here it doubles the stretches scanned. And it makes the
-    language its own again whenever a function calls another: here once for each file of functions.
+    Triton's interpreter goes through a scan element by element: here it doubles the stretches scanned. It makes the
+    language its own again whenever a function calls another, and a table of NumPy's dtypes at each step: here once for
+    each file of functions, and each dtype. And it takes every sum of integers twice to find overflows, of which shapes
+    as small as the tests' have none.
     """
     if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         yield
@@ -80,6 +83,17 @@ def fast_interpreter():
             shift *= 2
         return [self.to_tensor(np.moveaxis(r, 0, self.axis).copy(), v.dtype) for r, v in zip(results, values)]
 
+    dtypes: dict[str, np.dtype] = {}
+    find_dtype = interpreter._get_np_dtype
+
+    def numpy_dtype(dtype):
+        name = dtype.scalar.name
+        if name not in dtypes:
+            dtypes[name] = find_dtype(dtype)
+        return dtypes[name]
+
+    builder = interpreter.interpreter_builder
+    options = dataclasses.replace(builder.options, sanitize_overflow=False)
     files = set()
 
     def call(self, *args, **kwargs):
@@ -91,6 +105,8 @@ def fast_interpreter():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.ScanOps, "generic_scan", generic_scan)
         patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        patch.setattr(interpreter, "_get_np_dtype", numpy_dtype)
+        patch.setattr(builder, "options", options)
         yield
 
 
