@@ -269,6 +269,19 @@ class TestEngines:
         assert torch.equal(y, selective_scan(**arguments(), delta_softplus=True, engine="chunked"))
         assert "'chunked'" in caplog.text
 
+    def test_where_numba_does_not_start_auto_falls_back_too(self, fresh_registry, monkeypatch):
+        import_module = importlib.import_module
+
+        def broken(name, *args):
+            if name == "numba":
+                raise ImportError("Numba needs NumPy 2.4 or less. Got NumPy 2.5.")
+            return import_module(name, *args)
+
+        monkeypatch.setattr(importlib, "import_module", broken)
+        assert "Numba needs NumPy 2.4" in available_engines()["numba"]
+        chosen = engine_registry.resolve_engine("auto", torch.device("cpu"), torch.float32)
+        assert chosen.__name__.endswith(("chunked", "mamba_ssm"))
+
 
 class TestAgainstReference:
     @pytest.mark.parametrize("engine, length", pairs([1, 2, 63, 64, 65, 1000], interpreted=[1, 16, 33]))

@@ -92,6 +92,8 @@ def gpu(
     bench = _Bench(torch.device(device), rounds, tiny)
     results: dict[str, Any] = {"machine": bench.machine, "ceilings": bench.ceilings()}
     results |= {"causal convolution": causal_convolution()[0], "seconds": 0.0, "scan": [], "tom": [], "networks": []}
+    # cuBLAS keeps its workspaces, a thread each: else the first network's peak would hold them.
+    training_step(torch.nn.Linear(64, 64).to(device), torch.rand(64, 64, device=device), bench.half)
     start, file = time.perf_counter(), f"gpu-{name or file_name(results['machine']['name'])}"
     for part in ("networks", "tom", "scan"):
         for rows in getattr(bench, part)():
@@ -227,13 +229,15 @@ class _Bench:
                 parameters = ToM(channels).to(self.device)
                 layers["mamba_ssm"] = ComposedToM(parameters, selective_scan_fn, causal_convolution()[1])
             x = torch.randn(1, channels, *size, device=self.device)
-            forward = {e: partial(inference_step, layer, x, self._half()) for e, layer in layers.items()}
-            train = {e: partial(training_step, layer, x, self._half()) for e, layer in layers.items()}
+            forward = {e: partial(inference_step, layer, x, self.half) for e, layer in layers.items()}
+            train = {e: partial(training_step, layer, x, self.half) for e, layer in layers.items()}
             calls = self._calls(f"ToM {channels} x {size[0]}^3", {"forward": forward, "training": train})
             rows.append({"channels": channels, "size": size, **calls})
             yield rows
 
-    def _half(self) -> torch.dtype:
+    @property
+    def half(self) -> torch.dtype:
+        """What autocast takes."""
         return torch.float16 if self.cuda else torch.bfloat16
 
     def networks(self) -> Iterator[list[dict]]:
@@ -258,7 +262,7 @@ class _Bench:
         row: dict[str, Any] = {"parameters": sum(p.numel() for p in network.parameters())}
         for name, step in (("inference", inference_step), ("training", training_step)):
             network.train(name == "training").zero_grad(set_to_none=True)
-            call = partial(step, network, x, self._half())
+            call = partial(step, network, x, self.half)
             errors: dict[str, str] = {}
             timed = self.time(f"{title}, {name}", {name: call}, max(1, self.rounds // 3), errors=errors)
             if errors:

@@ -79,9 +79,9 @@ def _of_driver(uuid: str) -> dict[str, str | int]:
     try:
         query.append(f"--id=GPU-{uuid.removeprefix('GPU-')}")
         answer = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split("\n")[0]
-    except (OSError, subprocess.CalledProcessError):
+        driver, clock = (part.strip() for part in answer.split(","))
+    except (OSError, subprocess.CalledProcessError, ValueError):
         return {}
-    driver, clock = (part.strip() for part in answer.split(","))
     return {"driver": driver} | ({"largest clock, MHz": int(clock)} if clock.isdigit() else {})
 
 
@@ -202,7 +202,8 @@ def interleaved(
             except Exception as error:  # Triton's own are no RuntimeErrors
                 if errors is None:
                     raise
-                errors[key] = (str(error).splitlines() or [type(error).__name__])[0]
+                lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+                errors[key] = lines[-1 if lines[0].endswith(":") else 0]  # Triton begins with the place
                 continue
             if turn >= 0:
                 seconds[key].append(taken)

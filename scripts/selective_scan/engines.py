@@ -33,8 +33,13 @@ logger = logging.getLogger(__name__)
 @cache
 def _missing(name: str) -> str | None:
     """Why an engine cannot run on this machine, or None."""
-    if name == "numba" and importlib.util.find_spec("numba") is None:
-        return "numba is not installed: pip install numba"
+    if name == "numba":
+        if importlib.util.find_spec("numba") is None:
+            return "numba is not installed: pip install numba"
+        try:
+            importlib.import_module("numba")
+        except ImportError as error:  # as where NumPy is newer than it knows
+            return f"numba does not start: {error}"
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed: PyTorch for CUDA brings it on Linux; for Windows there is triton-windows"
