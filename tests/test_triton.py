@@ -537,7 +537,7 @@ class TestOnAGPU:
             results[engine] = {"y": y.detach(), **{name: t.grad for name, t in leaves.items()}}
         for name, e in results["reference"].items():
             error = (results["triton"][name].float() - e.float()).abs().max() / e.abs().max()
-            assert error <= self.TOLERANCE[e.dtype], f"{name}: {error:.1e}"
+            assert error <= self.TOLERANCE[tensors["u"].dtype], f"{name}: {error:.1e}"  # of which y is, too
 
     @pytest.mark.parametrize(
         "channels, size, orders",
