@@ -29,6 +29,8 @@ from tqdm import tqdm
 
 from scripts.output import write_text
 
+from .networks import first_cause
+
 __all__ = [
     "describe",
     "file_name",
@@ -202,8 +204,7 @@ def interleaved(
             except Exception as error:  # Triton's own are no RuntimeErrors
                 if errors is None:
                     raise
-                lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-                errors[key] = lines[-1 if lines[0].endswith(":") else 0]  # Triton begins with the place
+                errors[key] = first_cause(error)
                 continue
             if turn >= 0:
                 seconds[key].append(taken)

@@ -30,14 +30,15 @@ def network_names() -> list[str]:
 def first_cause(error: BaseException) -> str:
     """
     Args:
-        error: what MONAI's config parser or a network raised.
+        error: what MONAI's config parser, a network or Triton raised.
 
     Returns:
-        the first line of what was raised at first.
+        the first line of what was raised at first; the last one where the first is but a place in the source.
     """
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1 if lines[0].endswith(":") else 0]  # Triton begins "at 45:8:"
 
 
 def build_network(
